@@ -1,0 +1,1 @@
+"""Doom World: a small autoregressive video world model with the anatomy of HY-WorldPlay."""

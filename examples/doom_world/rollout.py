@@ -1,0 +1,68 @@
+"""Playing Doom World: chunk after chunk, with the context that upstream's own retrieval would choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from li_compile.config import Config
+from li_compile.policy import plan_context
+
+from .model import WorldConfig, WorldModel
+
+FOV = (90.0, 70.0)  # degrees, horizontal and vertical, of the rendered frames
+
+# What the model was trained with, before anything is accelerated: 20 latents, 12 of them the newest (upstream's rule).
+RETRIEVAL = Config.from_options({"preset": "context", "context.memory_frames": 20, "context.temporal_frames": 12,
+                                 "context.threshold": 0.0, "context.fov": FOV})
+
+
+def first_prompt(image: Tensor, config: WorldConfig) -> Tensor:
+    """Prompt of the first chunk: image latent [B, C, H, W] given in frame 0 -> [B, C + 1, chunk, H, W]."""
+    batch, channels, height, width = image.shape
+    prompt = image.new_zeros(batch, channels + 1, config.chunk, height, width)
+    prompt[:, :channels, 0] = image
+    prompt[:, channels, 0] = 1
+    return prompt
+
+
+@torch.no_grad()
+def rollout(model: WorldModel, sampler: Callable[..., Tensor], truth: Tensor, w2c: Tensor, intrinsics: Tensor,
+            action: Tensor, teacher_forced: bool = False, seed: int = 0,
+            on_chunk: Callable[[int], None] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """Generate a trajectory.
+
+    truth: latents [T, C, H, W] of the rendered frames; only frame 0 is used, as the prompt image, unless
+    teacher_forced, where the context of each chunk is the truth. w2c [T, 4, 4]; intrinsics [3, 3]; action [T]; T a
+    multiple of the chunk. sampler: a ``ChunkSampler``, compiled or not. on_chunk(index) is called after each
+    chunk. Returns latents [T, C, H, W], frame 0 replaced by the prompt.
+    """
+    config, device = model.config, truth.device
+    dtype = dtype or next(model.parameters()).dtype
+    frames = w2c.shape[0]
+    if frames % config.chunk:
+        raise ValueError(f"the trajectory has {frames} frames; give a multiple of {config.chunk}")
+    generator = torch.Generator("cpu").manual_seed(seed)
+    image = truth[:1]
+    text = [t.to(dtype) for t in model.prefix(image.to(dtype))]
+    camera = w2c.float()
+    poses = camera.cpu()
+    k = intrinsics.float()[None]
+    done = torch.empty(frames, *truth.shape[1:], device=device)
+    for c, s in enumerate(range(0, frames, config.chunk)):
+        now = slice(s, s + config.chunk)
+        noise = torch.randn(1, config.channels, config.chunk, *truth.shape[-2:], generator=generator).to(device, dtype)
+        prompt = first_prompt(image, config) if s == 0 else image.new_zeros(1, config.channels + 1, config.chunk, *truth.shape[-2:])
+        args = [noise, prompt.to(dtype), action[None, now], camera[None, now], k, *text]
+        if s:
+            chosen = torch.tensor(plan_context(poses[:s], poses[now], RETRIEVAL).indices, device=device)
+            source = truth if teacher_forced else done
+            args += [source[chosen].transpose(0, 1)[None].to(dtype), action[chosen][None], camera[chosen][None]]
+        done[now] = sampler(*args)[0].transpose(0, 1).float()
+        if s == 0:
+            done[0] = image[0]
+        if on_chunk is not None:
+            on_chunk(c)
+    return done

@@ -1,0 +1,143 @@
+"""Token order and blocks: how a ``T x H x W`` grid of video tokens becomes a list of equal blocks.
+
+The paper (arXiv 2605.31158, 3-D block-sparse attention) pads every space-time tile to a whole block, which costs 11 to
+24 % of the kernel's FLOPs on the models it treats and lets the padding into the softmax. Here tiles are cut off at the
+grid's edges instead, their tokens are listed one tile after the other, and the list is cut every ``block_size`` tokens,
+so only the last block of a segment is partial. Tiles follow each other as an ox ploughs (serpentine): where a block
+holds the end of one tile and the start of the next, the two are neighbours in space or time.
+
+The order of a grid is a prefix of the order of any longer one with whole time tiles, so history may be appended to.
+
+Index tensors are made on the device they are for, without host synchronisation, and cached. While a CUDA graph is being
+captured the cache is bypassed, because memory made in a capture belongs to the graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from ._compat import real_tensors
+
+__all__ = ["block_coordinates", "block_valid", "neighbour_counts", "neighbour_mask", "num_blocks", "tile_order", "tile_order_inverse"]
+
+Tile = tuple[int, int, int]
+
+
+def num_blocks(length: int, block_size: int) -> int:
+    """Blocks that ``length`` tokens fill, the last one perhaps partly. Works with SymInts."""
+    return (length + block_size - 1) // block_size
+
+
+def tile_order(frames: int, height: int, width: int, tile: Tile = (4, 4, 4), device="cpu") -> torch.Tensor:
+    """The serpentine-over-tiles order of a token grid.
+
+    Args:
+        frames, height, width: the grid, in tokens; raster (T, H, W) order is what the model uses.
+        tile: tokens of a tile along (T, H, W); tiles at the far edges are truncated.
+
+    Returns:
+        int64 ``[frames * height * width]``: entry i is the raster index of the i-th token in block order, so
+        ``x[..., order, :]`` brings tokens into block order. Shared and cached: don't write to it.
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    return _cached(_tile_order, device, frames, height, width, tuple(tile))
+
+
+def tile_order_inverse(frames: int, height: int, width: int, tile: Tile = (4, 4, 4), device="cpu") -> torch.Tensor:
+    """The inverse permutation of :func:`tile_order`: ``y[..., inverse, :]`` brings block order back to raster order."""
+    return _cached(_tile_order_inverse, device, frames, height, width, tuple(tile))
+
+
+def block_valid(length: int, block_size: int, device="cpu") -> torch.Tensor:
+    """True tokens of each block of a segment of ``length`` tokens: int32 ``[num_blocks]``; only the last is partial."""
+    return _cached(_block_valid, device, length, block_size)
+
+
+def block_coordinates(frames: int, height: int, width: int, tile: Tile, block_size: int, device="cpu") -> torch.Tensor:
+    """Mean tile coordinate (t, h, w) of each block's tokens: fp32 ``[num_blocks, 3]``, in tiles.
+
+    Integers where a block is a tile; fractions where truncated tiles made a block straddle two.
+    """
+    return _cached(_block_coordinates, device, frames, height, width, tuple(tile), block_size)
+
+
+def neighbour_mask(frames: int, height: int, width: int, tile: Tile, block_size: int, device="cpu") -> torch.Tensor:
+    """Blocks at Manhattan distance at most 1 from each other: bool ``[n, n]``, symmetric, true on the diagonal.
+
+    The rule of the authors' prefill (method notes C.3): self and the six face neighbours, 7 at most where blocks are
+    tiles. Distances are those of :func:`block_coordinates`.
+    """
+    return _cached(_neighbour_mask, device, frames, height, width, tuple(tile), block_size)
+
+
+@functools.lru_cache(maxsize=64)
+def neighbour_counts(frames: int, height: int, width: int, tile: Tile, block_size: int) -> tuple[int, ...]:
+    """Row sums of :func:`neighbour_mask` as Python integers, computed on the CPU (no device is read)."""
+    return tuple(neighbour_mask(frames, height, width, tuple(tile), block_size, "cpu").sum(1).tolist())
+
+
+def _cached(make, device, *args):
+    device = torch.device(device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return make(device, *args)
+    return _lookup(make, device, *args)
+
+
+@functools.lru_cache(maxsize=256)
+def _lookup(make, device, *args):
+    with real_tensors():
+        return make(device, *args)
+
+
+def _tile_grid(device, frames, height, width, tile):
+    """Per raster token: its tile (t, h, w), int64 [tokens] each, and its offset within the tile."""
+    if min(frames, height, width, *tile) < 1:
+        raise ValueError(f"A token grid and its tiles need sizes of at least 1; found grid {(frames, height, width)} with tile {tile}.")
+    index = torch.arange(frames * height * width, device=device)
+    position = (index // (height * width), index // width % height, index % width)
+    tiles = [p // size for p, size in zip(position, tile)]
+    within = [p % size for p, size in zip(position, tile)]
+    return tiles, (within[0] * tile[1] + within[1]) * tile[2] + within[2]
+
+
+def _tile_order(device, frames, height, width, tile):
+    (t, h, w), offset = _tile_grid(device, frames, height, width, tile)
+    rows, columns = math.ceil(height / tile[1]), math.ceil(width / tile[2])
+    row = t * rows + torch.where(t % 2 == 0, h, rows - 1 - h)  # odd time slabs are walked upwards
+    rank = row * columns + torch.where(row % 2 == 0, w, columns - 1 - w)  # odd rows from right to left
+    return torch.argsort(rank * math.prod(tile) + offset)  # keys are unique
+
+
+def _tile_order_inverse(device, frames, height, width, tile):
+    order = _tile_order(device, frames, height, width, tile)
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=device)
+    return inverse
+
+
+def _block_valid(device, length, block_size):
+    if length < 0 or block_size < 1:
+        raise ValueError(f"A segment needs a length of at least 0 and a block size of at least 1; found {length} and {block_size}.")
+    first = torch.arange(num_blocks(length, block_size), device=device, dtype=torch.int32) * block_size
+    return (length - first).clamp(max=block_size)
+
+
+def _block_coordinates(device, frames, height, width, tile, block_size):
+    tiles, _ = _tile_grid(device, frames, height, width, tile)
+    order = _tile_order(device, frames, height, width, tile)
+    n = num_blocks(order.numel(), block_size)
+    tokens = torch.stack(tiles, 1)[order]
+    padded = torch.zeros(n * block_size, 3, dtype=torch.int64, device=device)
+    padded[: order.numel()] = tokens
+    return padded.view(n, block_size, 3).sum(1).float() / _block_valid(device, order.numel(), block_size)[:, None]
+
+
+def _neighbour_mask(device, frames, height, width, tile, block_size):
+    at = _block_coordinates(device, frames, height, width, tile, block_size)
+    distance = (at[:, None] - at[None]).abs().sum(-1)
+    return distance <= 1 + 1e-4  # means of straddling blocks are rounded

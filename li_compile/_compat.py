@@ -1,0 +1,67 @@
+"""The private PyTorch API that the compiler uses, each use with its version and reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+
+class DigestPass(CustomGraphPass):
+    """Does nothing but put our digest into the keys of Inductor's caches (2.11 to 2.14: the pass's ``uuid``).
+
+    What was rewritten before Inductor is in the key anyway; the sources of our operators and lowerings are not.
+    """
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+
+    def __call__(self, graph: torch.fx.Graph) -> None:
+        return None
+
+    def uuid(self) -> str:
+        return self.digest
+
+
+def inductor(module: torch.fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any], digest: str) -> Callable:
+    """Compile with Inductor (``compile_fx``, private but used by every backend; 2.11 to 2.14)."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(module, list(inputs), config_patches={"post_grad_custom_post_pass": DigestPass(digest), **patches})
+
+
+def mode_patches(mode: str | None) -> dict[str, Any]:
+    """Inductor's options for ``torch.compile(mode=...)``; raises RuntimeError for an unknown mode."""
+    if mode is None or mode == "default":
+        return {}
+    from torch._inductor import list_mode_options
+
+    known = list_mode_options()
+    if mode not in known:
+        from li_compile.errors import ConfigError
+
+        raise ConfigError(f"mode {mode!r} is unknown; choose one of {', '.join(sorted(known))}")
+    return dict(known[mode])
+
+
+def fake_mode_of(inputs: Sequence[Any]):
+    """The fake-tensor mode that made a graph's fake inputs; a new one if there is none among them."""
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    modes = [x.fake_mode for x in inputs if isinstance(x, FakeTensor)]
+    return modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def static_fakes(inputs: Sequence[Any]):
+    """(mode, fake inputs) with constant sizes for real tensors and numbers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    return mode, [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+
+
+def hint(x: Any) -> int:
+    """The number that a symbolic size stood for while it was traced (2.11 to 2.14: ``node.hint``)."""
+    return int(x.node.hint) if isinstance(x, torch.SymInt) else int(x)

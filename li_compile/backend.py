@@ -1,0 +1,60 @@
+"""The backend ``light_interaction`` of ``torch.compile``. Light to import: torch lists it without importing it."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+_LOCAL = threading.local()
+
+
+def light_interaction(gm, example_inputs: Sequence[Any], *, mode: str | None = None,
+                      options: Mapping[str, Any] | None = None) -> Callable:
+    """Compile a traced graph: find the patterns, rewrite them, hand the rest to Inductor.
+
+    ``torch.compile(fn, backend="light_interaction", options={"preset": "all", "sparse.topk_ratio": 0.2})``; options as
+    in :class:`li_compile.Config`, ``mode`` as for Inductor. Raises ConfigError for unknown options and modes.
+    """
+    from li_compile import _compat
+    from li_compile.config import Config
+    from li_compile.dispatch import Dispatcher
+    from li_compile.pipeline import canonical, digest, match, report_of
+    from li_compile.patterns.graph import placeholders, value
+    from li_compile.report import GraphReport
+
+    config = Config.from_options(options or {})
+    patches = {**_compat.mode_patches(mode), **config.inductor}
+    key = digest(config.digest())
+
+    def lower(module, inputs):
+        if config.lowering == "eager":
+            return module
+        return _compat.inductor(module, inputs, patches, key)
+
+    report = last_report(new=config.to_options())
+    if not config.rewrites:
+        report.graphs.append(GraphReport(len(report.graphs), len(gm.graph.nodes), {}, []))
+        return lower(gm, example_inputs)
+    # Dynamo's fake values, with symbolic sizes where it made them dynamic; the example inputs may be real tensors.
+    fakes = [value(p) for p in placeholders(gm.graph)]
+    facts = match(canonical(gm, fakes), config)
+    graph_report = report_of(len(report.graphs), facts)
+    report.graphs.append(graph_report)
+    if facts.empty:
+        warnings.warn(
+            "light_interaction found nothing to rewrite in this graph and compiles it as Inductor does. Looked for: "
+            "attention over latent frames, context concatenation, a denoising loop. li_compile.explain says why not.",
+            stacklevel=2)
+    return Dispatcher(facts, config, example_inputs, fakes, lower, graph_report)
+
+
+def last_report(new: dict[str, Any] | None = None):
+    """The report of the graphs compiled last in this thread under one set of options (``new`` starts or continues it)."""
+    from li_compile.report import Report
+
+    current = getattr(_LOCAL, "report", None)
+    if new is not None and (current is None or current.options != new):
+        current = _LOCAL.report = Report(new)
+    return current

@@ -1,0 +1,293 @@
+"""Every option of the compiler: names, defaults, allowed values, presets. Needs no torch.
+
+The flat, dotted spelling of ``torch.compile(options=...)`` and the dataclasses are two forms of one thing::
+
+    Config.from_options({"preset": "all", "sparse.topk_ratio": 0.25})
+    Config(preset="all", sparse={"topk_ratio": 0.25})
+
+Defaults are those of the released Light Interaction code (arXiv 2605.31158) unless a field says otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from li_compile._rules import FLAG, NAME, RATIO, SHARE, Rule, accept, integer, option, optional, real, several, validate
+from li_compile.errors import ConfigError
+
+__all__ = ["PRESETS", "CacheConfig", "Config", "ContextConfig", "ExactConfig", "SparseConfig"]
+
+#: Preset -> the parts it switches on.
+PRESETS: dict[str, frozenset[str]] = {
+    "off": frozenset(),
+    "exact": frozenset({"exact"}),
+    "context": frozenset({"exact", "context"}),
+    "sparse": frozenset({"exact", "sparse"}),
+    "cache": frozenset({"exact", "cache"}),
+    "all": frozenset({"exact", "context", "sparse", "cache"}),
+}
+
+# Where nothing is pruned, the window that decides which chunks are candidates is upstream's own: the authors' presets
+# off, sparse and cache leave (M, L) at these, and their cached-step gate depends on them.
+_UNPRUNED = {"memory_frames": 20, "temporal_frames": 12}
+
+
+class _Section:
+    section: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        validate(self, self.section + ".")
+
+    def _require(self, ok: bool, key: str, needed: str) -> None:
+        if not ok:
+            raise ConfigError(f"option '{self.section}.{key}' is {getattr(self, key)!r}; it must be {needed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ExactConfig(_Section):
+    """Rewrites that change no result beyond rounding: on in every preset but ``off``."""
+
+    section: ClassVar[str] = "exact"
+    enabled: bool = option(True, FLAG)
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseConfig(_Section):
+    """Block-sparse attention over 3D tiles of tokens (released ``ar_sparse_operation``, ``bi_sparse_operation``).
+
+    topk_ratio: share of the history's key blocks that a query block of the current chunk reads; text and the current
+        chunk are always read. 0.175 in the paper and the released code.
+    prefill_ratio: share of all key blocks read where the context is encoded. 0.30 in the code; not in the paper.
+    tile: latent frames, rows and columns of tokens in a tile; its volume divides block_size or is a multiple of it.
+        The authors use (4, 8, 4) in blocks of 128; smaller blocks choose better at the same density.
+    block_size: tokens a block of the attention kernel: 16, 32, 64, 128 or 256.
+    sub_blocks: means kept a block for scoring; more find sharper blocks at little cost. The authors keep one.
+    min_context: latent frames kept in context from which attention is made sparse.
+    skip_layers: leading layers left dense. 1 in the code; not in the paper.
+    grid: rows and columns of tokens in one latent frame; None: found in the graph.
+    """
+
+    section: ClassVar[str] = "sparse"
+    enabled: bool = option(True, FLAG)
+    topk_ratio: float = option(0.175, SHARE)
+    prefill_ratio: float = option(0.30, SHARE)
+    tile: tuple[int, int, int] = option((4, 4, 4), several(*[integer(1, 256)] * 3))
+    block_size: int = option(64, integer(16, 256))
+    sub_blocks: int = option(1, integer(1, 64))
+    min_context: int = option(8, integer(0))
+    skip_layers: int = option(1, integer(0))
+    grid: tuple[int, int] | None = option(None, optional(several(integer(1), integer(1))))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.block_size.bit_count() == 1, "block_size", "a power of two (16, 32, 64, 128 or 256)")
+        volume = math.prod(self.tile)
+        self._require(
+            volume % self.block_size == 0 or self.block_size % volume == 0,
+            "tile",
+            f"of a volume that divides sparse.block_size = {self.block_size} or is a multiple of it, and has {volume}: "
+            "blocks would straddle tiles everywhere",
+        )
+        self._require(
+            self.block_size % self.sub_blocks == 0, "sub_blocks", f"a divisor of sparse.block_size = {self.block_size}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextConfig(_Section):
+    """Which history latents the model attends to (paper section 3.1, eq. 4; released ``select_aligned_memory_frames``).
+
+    memory_frames: latents kept in all (M). temporal_frames: the newest, always kept (L). anchor_frames: the oldest,
+        always kept. What M leaves is filled with the chunks whose view overlaps the current one most. Where pruning
+        is off, the two default to upstream's 20 and 12, which then only bound the candidates of the cached-step gate.
+    chunk_frames: latents generated together; the three above are multiples of it.
+    threshold: least view overlap of the best chunk for which retrieved chunks are kept at all (tau_pose).
+    fov: horizontal and vertical angle of view, degrees. radius: how far a camera sees, in the units of the poses.
+    """
+
+    section: ClassVar[str] = "context"
+    enabled: bool = option(True, FLAG)
+    memory_frames: int = option(12, integer(1))
+    temporal_frames: int = option(4, integer(1))
+    anchor_frames: int = option(4, integer(0))
+    chunk_frames: int = option(4, integer(1, 1024))
+    threshold: float = option(0.7, RATIO)
+    fov: tuple[float, float] = option((60.0, 35.0), several(real(0, 360, above=True), real(0, 180, above=True)))
+    radius: float = option(8.0, real(0, above=True))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("memory_frames", "temporal_frames", "anchor_frames"):
+            whole = getattr(self, key) % self.chunk_frames == 0
+            self._require(whole, key, f"a multiple of context.chunk_frames = {self.chunk_frames}")
+        least = self.anchor_frames + self.temporal_frames
+        needed = f"at least {least}, the sum of context.anchor_frames and context.temporal_frames"
+        self._require(self.memory_frames >= least, "memory_frames", needed)
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig(_Section):
+    """Denoising steps between the first and the last take the first one's output (paper eq. 5-8).
+
+    threshold: least view overlap of the best candidate chunk for which a chunk's steps are reused (tau_FOV).
+    min_steps: least number of denoising steps for which it is done; below 3 there is no step to skip.
+    """
+
+    section: ClassVar[str] = "cache"
+    enabled: bool = option(True, FLAG)
+    threshold: float = option(0.7, RATIO)
+    min_steps: int = option(3, integer(3, 10_000))
+
+
+_SECTIONS: dict[str, type[_Section]] = {c.section: c for c in (ExactConfig, SparseConfig, ContextConfig, CacheConfig)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All options of one compilation. Immutable, hashable; ``dataclasses.replace`` makes a changed copy.
+
+    preset: off | exact | context | sparse | cache | all. Switches parts on and off; every option can be set on top.
+    exact, sparse, context, cache: the part's dataclass, taken as it is, or a mapping laid over what the preset says.
+    strict: raise where a rewrite fails or a pattern is ambiguous, instead of warning and leaving the graph alone.
+    lowering: "inductor", or "eager" to run the rewritten graph as it is (for tests and debugging).
+    inductor: options passed through to Inductor.
+    family: name of the model family; None: recognised from the modules that are loaded.
+
+    Raises:
+        ConfigError: an unknown key or preset (with the nearest names), a wrong type, a value out of range.
+    """
+
+    preset: str = "all"
+    exact: ExactConfig = None  # type: ignore[assignment]  # None or a mapping: resolved in __post_init__
+    sparse: SparseConfig = None  # type: ignore[assignment]
+    context: ContextConfig = None  # type: ignore[assignment]
+    cache: CacheConfig = None  # type: ignore[assignment]
+    strict: bool = option(False, FLAG)
+    lowering: str = option("inductor", Rule("'inductor' or 'eager'", lambda v: accept(v in ("inductor", "eager"), v)))
+    inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    family: str | None = option(None, optional(NAME))
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.preset, str) or self.preset not in PRESETS:
+            hint = _nearest(self.preset, PRESETS)
+            raise ConfigError(f"option 'preset' is {self.preset!r}; it must be one of {', '.join(PRESETS)}{hint}")
+        validate(self, "")
+        if not isinstance(self.inductor, Mapping) or not all(isinstance(key, str) for key in self.inductor):
+            raise ConfigError(f"option 'inductor' is {self.inductor!r}; it must be a dict of Inductor's option names")
+        object.__setattr__(self, "inductor", dict(self.inductor))  # a later change by the caller must not reach us
+        for name in _SECTIONS:
+            object.__setattr__(self, name, _resolve(name, getattr(self, name), name in PRESETS[self.preset]))
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether any part is on; without, compiling is plain Inductor."""
+        return any(getattr(self, name).enabled for name in _SECTIONS)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> Config:
+        """The Config of ``torch.compile(options=...)``: dotted keys, nested mappings, or both; None: all defaults."""
+        if not isinstance(options, Mapping | None):
+            raise ConfigError(f"options must be a dict of names and values, found {type(options).__name__}")
+        arguments: dict[str, Any] = {}
+        for key, value in (options or {}).items():
+            section, dot, leaf = key.partition(".") if isinstance(key, str) else ("", "", "")
+            given: Mapping[str, Any] = {leaf: value}
+            if key in _SECTIONS:
+                section, given = key, _as_mapping(key, value)
+            elif key not in _keys() or not dot:
+                if key not in _TOP:
+                    raise _unknown(key)
+                arguments[key] = value
+                continue
+            part = arguments.setdefault(section, {})
+            for leaf in given:
+                if leaf in part:
+                    raise ConfigError(f"option '{section}.{leaf}' is given twice, nested and dotted; keep one")
+            part.update(given)
+        return cls(**arguments)
+
+    def to_options(self) -> dict[str, Any]:
+        """Every option in the flat spelling, defaults too; ``Config.from_options`` gives an equal Config back."""
+        options: dict[str, Any] = {name: getattr(self, name) for name in _TOP}
+        options["inductor"] = dict(self.inductor)
+        for section, cls in _SECTIONS.items():
+            part = getattr(self, section)
+            options |= {f"{section}.{field.name}": getattr(part, field.name) for field in dataclasses.fields(cls)}
+        return options
+
+    def digest(self) -> str:
+        """sha256 (hex) of what the options mean: equal for two spellings of the same settings, stable between runs.
+
+        Raises:
+            ConfigError: an Inductor option that is neither plain data nor an object with a ``uuid()``.
+        """
+        options = {key: _canonical(key, value) for key, value in self.to_options().items() if key != "preset"}
+        return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
+
+
+_TOP = tuple(field.name for field in dataclasses.fields(Config) if field.name not in _SECTIONS)
+
+
+def _keys() -> list[str]:
+    dotted = [f"{name}.{field.name}" for name, cls in _SECTIONS.items() for field in dataclasses.fields(cls)]
+    return [*_TOP, *dotted]
+
+
+def _nearest(key: Any, names: Any) -> str:
+    close = difflib.get_close_matches(str(key), list(names), n=2, cutoff=0.6)
+    return "; did you mean " + " or ".join(map(repr, close)) + "?" if close else ""
+
+
+def _unknown(key: Any) -> ConfigError:
+    # A bare or misplaced name ("topk_ratio", "cache.topk_ratio") is nearest by its last part.
+    leaf = str(key).rpartition(".")[2]
+    same = [known for known in _keys() if known.rpartition(".")[2] == leaf]
+    hint = "; did you mean " + " or ".join(map(repr, same)) + "?" if same else _nearest(key, [*_keys(), *_SECTIONS])
+    rest = "" if hint else f"; known are {', '.join(_keys())}"
+    return ConfigError(f"unknown option {key!r}{hint}{rest} (Inductor's own options go in one dict under 'inductor')")
+
+
+def _as_mapping(section: str, value: Any) -> Mapping[str, Any]:
+    if isinstance(value, _SECTIONS[section]):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"option '{section}' is {value!r}; it must be a dict of its options (to switch it, set '{section}.enabled')"
+        )
+    for key in value:
+        if f"{section}.{key}" not in _keys():
+            raise _unknown(f"{section}.{key}")
+    return value
+
+
+def _resolve(section: str, given: Any, on: bool) -> _Section:
+    cls = _SECTIONS[section]
+    if isinstance(given, cls):
+        return given
+    values = {"enabled": on, **_as_mapping(section, {} if given is None else given)}
+    if cls is ContextConfig and values["enabled"] is False:
+        values = _UNPRUNED | values
+    return cls(**values)
+
+
+def _canonical(key: str, value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_canonical(key, item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(name): _canonical(f"{key}[{name!r}]", item) for name, item in value.items()}
+    uuid = getattr(value, "uuid", None)
+    identity = uuid() if callable(uuid) else None
+    if identity is None:
+        raise ConfigError(
+            f"option {key} is {value!r}, which has no stable identity to key a cache by; "
+            "give plain data, or a pass object whose uuid() is not None"
+        )
+    return {"uuid": str(identity)}

@@ -1,0 +1,105 @@
+"""Run time of one compiled graph: decides once a call which variant runs, and compiles variants when first needed."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from li_compile import _compat
+from li_compile.config import Config
+from li_compile.patterns.graph import placeholders
+from li_compile.pipeline import Facts, build
+from li_compile.policy import ChunkPlan, plan_context
+from li_compile.report import GraphReport
+from li_compile.session import Session
+
+Variant = tuple[int | None, bool]
+
+
+class Dispatcher:
+    """Callable that Dynamo runs in place of the graph: plan, select the context frames, run the variant.
+
+    The plan is taken on the host, once a call, from the camera poses among the inputs (for a chunk function: once a
+    chunk, before its first step). Variants with a pruned context have constant sizes and are compiled at their first
+    use; the others are compiled while Dynamo traces, since they may have dynamic sizes.
+    """
+
+    def __init__(self, facts: Facts, config: Config, inputs: Sequence[Any], fakes: Sequence[Any], lower: Callable,
+                 report: GraphReport) -> None:
+        self.facts, self.config, self.lower, self.report = facts, config, lower, report
+        self.names = [p.name for p in placeholders(facts.module.graph)]
+        self.lock = threading.Lock()
+        self.compiled: dict[Variant, Callable] = {}
+        context, loop = facts.context, facts.loop
+        self.prunes = context is not None and config.context.enabled
+        self.reuses = context is not None and loop is not None and config.cache.enabled \
+            and loop.steps >= config.cache.min_steps
+        if not self.prunes:
+            for reuse in (False, True) if self.reuses else (False,):
+                self._add((None, reuse), inputs, fakes, _compat.fake_mode_of(fakes))
+
+    def __call__(self, *args: Any):
+        variant, plan = (None, False), None
+        if self.prunes or self.reuses:
+            plan = self.plan(args)
+            variant = (len(plan.indices) if self.prunes else None, plan.reuse and self.reuses)
+            if self.prunes:
+                args = self.select(args, plan)
+        run = self.compiled.get(variant)
+        if run is None:
+            run = self._compile_now(variant, args)
+        session = Session.current()
+        if session is None or plan is None:
+            return run(*args)
+        start = time.perf_counter()
+        out = run(*args)
+        steps = self.facts.loop.steps if self.facts.loop is not None else None
+        calls = (2 if variant[1] else steps) if steps is not None else None
+        session.record(plan, steps=steps, calls=calls, seconds=time.perf_counter() - start)
+        return out
+
+    def plan(self, args: Sequence[Any]) -> ChunkPlan:
+        """The plan for these inputs; samples of a batch whose plans differ share the one that computes most."""
+        poses = [args[self.names.index(n)] for n in (self.facts.context.history_w2c, self.facts.context.current_w2c)]
+        history, current = (p.detach().reshape(-1, *p.shape[-3:]).cpu() for p in poses)
+        plans = [plan_context(h, c, self.config) for h, c in zip(history, current)] \
+            if not (_same(history) and _same(current)) else [plan_context(history[0], current[0], self.config)]
+        if all(p.indices == plans[0].indices and p.reuse == plans[0].reuse for p in plans):
+            return plans[0]
+        everything = tuple(range(history.shape[1]))
+        return ChunkPlan(everything, all(p.reuse for p in plans), min(p.score for p in plans), {},
+                         "all kept: the samples of the batch differ", len(everything))
+
+    def select(self, args: Sequence[Any], plan: ChunkPlan) -> list[Any]:
+        """Inputs with only the plan's context frames."""
+        if len(plan.indices) == plan.history:
+            return list(args)
+        selected, index = list(args), torch.tensor(plan.indices)
+        for name, dim in self.facts.context.inputs.items():
+            i = self.names.index(name)
+            selected[i] = args[i].index_select(dim, index.to(args[i].device))
+        for name in self.facts.context.sizes:
+            selected[self.names.index(name)] = len(plan.indices)
+        return selected
+
+    def _compile_now(self, variant: Variant, args: Sequence[Any]) -> Callable:
+        with self.lock:
+            if variant not in self.compiled:
+                mode, fakes = _compat.static_fakes(args)
+                self._add(variant, args, fakes, mode)
+            return self.compiled[variant]
+
+    def _add(self, variant: Variant, inputs: Sequence[Any], fakes: Sequence[Any], mode) -> None:
+        module, report = build(self.facts, self.config, fakes, mode, kept=variant[0], reuse=variant[1])
+        self.report.variants.append(report)
+        self.compiled[variant] = self.lower(module, inputs)
+
+
+def _same(poses: torch.Tensor) -> bool:
+    return bool((poses == poses[:1]).all())
+
+

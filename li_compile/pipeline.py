@@ -1,0 +1,163 @@
+"""From a traced graph to variants: canonical form, matching, and the passes in their fixed order."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import pathlib
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from li_compile import _compat, patterns
+from li_compile.config import Config
+from li_compile.errors import ConfigError, RewriteError
+from li_compile.passes.cached_steps import cached_steps
+from li_compile.passes.cost import cost
+from li_compile.passes.equal_rows import equal_rows
+from li_compile.passes.normalize import normalize
+from li_compile.passes.propagate import propagate, tidy
+from li_compile.passes.prune_context import prune_context
+from li_compile.passes.record import Record
+from li_compile.passes.sparse_attention import sparse_attention
+from li_compile.patterns import registry
+from li_compile.report import GraphReport, VariantReport
+
+
+@dataclasses.dataclass
+class Facts:
+    """What was matched in a canonical graph. context and loop are None where there is none or the part is off."""
+
+    module: GraphModule
+    sites: list[patterns.AttentionSite]
+    context: patterns.ContextConcat | None
+    loop: patterns.DenoisingLoop | None
+    misses: list[patterns.Miss]
+
+    @property
+    def empty(self) -> bool:
+        return not self.sites and self.context is None and self.loop is None
+
+
+@cache
+def digest(canonical_options: str) -> str:
+    """sha256 over our sources, the options, and the versions of torch and of registered families: a cache key."""
+    import li_compile
+
+    sha = hashlib.sha256(canonical_options.encode())
+    sha.update(torch.__version__.encode())
+    root = pathlib.Path(li_compile.__file__).parent
+    folders = [root, *(pathlib.Path(m.__file__).parent for m in (patterns, *_folders()))]
+    for folder in folders:
+        for path in sorted(folder.rglob("*.py")):
+            sha.update(path.read_bytes())
+    for family in registry.families().values():
+        sha.update(repr(family).encode())
+    return sha.hexdigest()
+
+
+def _folders():
+    from li_compile import kernels, passes
+
+    return passes, kernels
+
+
+def family_of(config: Config) -> patterns.Family | None:
+    if config.family is None:
+        return None
+    known = registry.families()
+    if config.family not in known:
+        raise ConfigError(f"family {config.family!r} is unknown; known: {', '.join(sorted(known)) or 'none'}")
+    return known[config.family]
+
+
+def canonical(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
+    """A normalised copy of a traced graph, with shapes on every node."""
+    module = copy.deepcopy(module)
+    normalize(module)
+    tidy(module)
+    propagate(module, inputs, _compat.fake_mode_of(inputs))
+    return module
+
+
+def match(module: GraphModule, config: Config) -> Facts:
+    """Find the patterns in a canonical graph."""
+    family = family_of(config)
+    grid = config.sparse.grid or (family.grid if family else None)
+    sites, misses = patterns.find_attention(module, grid)
+    context, why = patterns.find_context(module, sites, dict(family.roles) if family else None)
+    loop, why_not = patterns.find_loop(module)
+    return Facts(module, sites, context, loop, [*misses, *why, *why_not])
+
+
+def report_of(index: int, facts: Facts) -> GraphReport:
+    """The matched half of a graph's report."""
+    found: dict[str, Any] = {}
+    for kind in ("prefill", "decode"):
+        here = [s for s in facts.sites if s.kind == kind]
+        if here:
+            found[f"attention, {kind}"] = f"{sum(len(s.calls) for s in here)} sites, grid {here[0].grid[0]} x " \
+                                          f"{here[0].grid[1]}, {here[0].branches} branches"
+    if facts.context is not None:
+        found["context"] = f"{facts.context.sites} concatenations, {facts.context.tokens} tokens a frame, " \
+                           f"inputs {', '.join(facts.context.inputs)}"
+    if facts.loop is not None:
+        found["denoising loop"] = f"{facts.loop.steps} steps ({facts.loop.form})"
+    flops, moved = cost(facts.module)
+    return GraphReport(index, len(facts.module.graph.nodes), found, facts.misses, flops, moved)
+
+
+def build(facts: Facts, config: Config, inputs: Sequence[Any], mode, *, kept: int | None,
+          reuse: bool) -> tuple[GraphModule, VariantReport]:
+    """Run the passes for one variant: exact first, then approximate.
+
+    inputs: fake tensors of mode, already of the kept context length. A pass that fails leaves the graph as it was,
+    with a warning, or raises RewriteError under ``strict``; pruning cannot be left out, and raises in any case.
+    """
+    module, records = copy.deepcopy(facts.module), []
+
+    def apply(name: str, run: Callable[[GraphModule], Record], needed: bool = False) -> None:
+        nonlocal module
+        trial = copy.deepcopy(module)
+        try:
+            record = run(trial)
+            tidy(trial)
+            propagate(trial, inputs, mode)
+        except Exception as error:
+            text = f"pass {name} failed on this graph and was left out: {type(error).__name__}: {error}"
+            if needed or config.strict:
+                raise RewriteError(f"{text}. Switch the part off, or report this with the graph.") from error
+            warnings.warn(text, stacklevel=2)
+            records.append(Record(name, misses=[patterns.Miss(name, "graph", text)]))
+            return
+        module = trial
+        records.append(record)
+
+    if kept is not None:
+        apply("prune_context", lambda m: prune_context(m, facts.context, kept), needed=True)
+    if config.exact.enabled:
+        apply("equal_rows", equal_rows)
+    if config.sparse.enabled:
+        s = config.sparse
+        apply("sparse_attention", lambda m: sparse_attention(
+            m, patterns.find_attention(m, s.grid or _grid(facts))[0], topk_ratio=s.topk_ratio,
+            prefill_ratio=s.prefill_ratio, tile=s.tile, block_size=s.block_size, sub_blocks=s.sub_blocks,
+            min_context=s.min_context, skip_layers=s.skip_layers))
+    if reuse:
+        apply("cached_steps", lambda m: _cached(m, config.cache.min_steps))
+    flops, moved = cost(module)
+    return module, VariantReport(kept, reuse, records, flops, moved)
+
+
+def _grid(facts: Facts) -> tuple[int, int] | None:
+    return facts.sites[0].grid if facts.sites else None
+
+
+def _cached(module: GraphModule, min_steps: int) -> Record:
+    loop, misses = patterns.find_loop(module)
+    return cached_steps(module, loop, min_steps) if loop is not None else Record("cached_steps", misses=misses)

@@ -1,0 +1,71 @@
+"""Floating-point operations and bytes of a graph, from shapes: what the report calls saved.
+
+Counts products (linear, convolution, matrix product, attention) as two operations a multiply-add, and for the same
+operators the bytes of what they read and write. Everything else is left out of both.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.fx import GraphModule, Node
+
+from li_compile.kernels import density
+from li_compile.patterns.graph import (CONV, LINEAR, MATMUL, REGION, SDPA, argument, calls, name_of, value)
+
+
+def _size(x) -> int:
+    """Elements of a tensor; symbolic sizes by their hint."""
+    return math.prod(int(s) if isinstance(s, int) else _hint(s) for s in x.shape)
+
+
+def _hint(s) -> int:
+    node = getattr(s, "node", None)
+    return int(node.hint) if node is not None and node.hint is not None else int(s)
+
+
+def _dims(x) -> list[int]:
+    return [s if isinstance(s, int) else _hint(s) for s in x.shape]
+
+
+def _operations(node: Node) -> int | None:
+    out = value(node)
+    if not isinstance(out, torch.Tensor):
+        return None
+    if calls(node, LINEAR):
+        return 2 * _size(out) * _dims(value(node.args[0]))[-1]
+    if calls(node, CONV):
+        weight = _dims(value(node.args[1]))
+        return 2 * _size(out) * math.prod(weight[1:])
+    if calls(node, MATMUL) or name_of(node) in ("addmm", "baddbmm"):
+        left = node.args[1] if name_of(node) in ("addmm", "baddbmm") else node.args[0]
+        return 2 * _size(out) * _dims(value(left))[-1]
+    if name_of(node) == "einsum" and len(node.args) == 3:
+        left = node.args[0].replace(" ", "").partition("->")[0].partition(",")
+        dims = dict(zip(left[0], _dims(value(node.args[1])))) | dict(zip(left[2], _dims(value(node.args[2]))))
+        return 2 * math.prod(dims.values())
+    if calls(node, SDPA):
+        q, k = _dims(value(node.args[0])), _dims(value(argument(node, 1, "key")))
+        return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
+    if node.target is torch.ops.li.sparse_attention.default:
+        q, keys, _, roles, height, width, tile, block, topk, prefill = node.args[:10]
+        b, h, n, d = _dims(value(q))
+        lengths = [_dims(value(k))[2] for k in keys]
+        ratio = density(lengths, roles, height, width, tuple(tile), block, topk, prefill).ratio
+        return int(4 * b * h * n * d * sum(lengths) * ratio)
+    return None
+
+
+def cost(module: GraphModule) -> tuple[int, int]:
+    """(operations, bytes) of one run of a graph whose nodes carry example values; regions count once a call."""
+    operations = moved = 0
+    for node in module.graph.nodes:
+        if node.target is REGION:
+            more = cost(getattr(module, node.args[0].target))
+            operations, moved = operations + more[0], moved + more[1]
+        elif (count := _operations(node)) is not None:
+            operations += count
+            tensors = [value(n) for n in (node, *node.all_input_nodes) if isinstance(value(n), torch.Tensor)]
+            moved += sum(_size(t) * t.element_size() for t in tensors)
+    return operations, moved

@@ -1,0 +1,143 @@
+"""Canonical spelling, exact: no-ops vanish and attention written by hand becomes one node.
+
+Before::                                            After::
+
+    s = matmul(q, k.transpose(-2, -1)) * scale          o = scaled_dot_product_attention(q, k, v, scale=scale)
+    o = matmul(softmax(s, dim=-1), v)
+    a = cat([x]); b = x.repeat_interleave(1, dim=1)     a, b -> x
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch.fx import GraphModule, Node
+
+from li_compile.patterns.graph import (MATMUL, argument, calls, cat_operands, name_of, shape, subgraphs)
+
+from .record import Record
+
+SOFTMAX = {"softmax"}
+TRANSPOSES = {"transpose", "swapaxes", "permute", "mT", "t"}
+
+
+def normalize(module: GraphModule) -> Record:
+    """Fold no-ops and hand-written attention in a graph and its regions, in place."""
+    record = Record("normalize")
+    for graph_module in (module, *subgraphs(module).values()):
+        for node in list(graph_module.graph.nodes):
+            if (same := _no_op(node)) is not None:
+                node.replace_all_uses_with(same)
+                graph_module.graph.erase_node(node)
+                record.count += 1
+        for node in list(graph_module.graph.nodes):
+            if (found := _attention(node)) is not None:
+                _fuse(graph_module.graph, node, *found)
+                record.count += 1
+                record.details.append(f"{node.name}: hand-written attention folded into one node")
+    return record
+
+
+def _no_op(node: Node) -> Node | None:
+    """The node that this one equals, or None."""
+    read = cat_operands(node)
+    if read is not None and len(read[0]) == 1 and isinstance(read[0][0], Node):
+        return read[0][0]
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if name_of(node) == "repeat_interleave" and argument(node, 1, "repeats") == 1 \
+            and argument(node, 2, "dim") is not None:
+        return node.args[0]
+    if name_of(node) == "dropout" and (argument(node, 1, "p", default=0.5) == 0.0
+                                       or not argument(node, 2, "training", default=True)):
+        return node.args[0]
+    return None
+
+
+def _swapped(node: Node) -> Node | None:
+    """x of a node that swaps the last two dimensions of x."""
+    s = shape(node)
+    if s is None or node.op not in ("call_function", "call_method") or name_of(node) not in TRANSPOSES:
+        return None
+    if not isinstance(node.args[0], Node):
+        return None
+    rank, rest = len(s), list(node.args[1:])
+    rest = list(rest[0]) if rest and isinstance(rest[0], (list, tuple)) else rest
+    rest = rest or [node.kwargs[k] for k in ("dim0", "dim1", "dims") if k in node.kwargs]
+    dims = [d % rank for d in rest if isinstance(d, int)]
+    if name_of(node) == "permute":
+        ok = dims == [*range(rank - 2), rank - 1, rank - 2]
+    else:
+        ok = name_of(node) == "mT" or sorted(dims) == [rank - 2, rank - 1]
+    return node.args[0] if ok else None
+
+
+def _scaled(node: Node) -> tuple[Node, float]:
+    """x and c of a node that is x * c or x / c with a number c (c = 1 if it is neither)."""
+    name = name_of(node)
+    if node.op in ("call_function", "call_method") and name in ("mul", "multiply", "truediv", "div", "divide"):
+        a, b = node.args[:2]
+        if isinstance(a, Node) and isinstance(b, (int, float)):
+            return a, (b if name.startswith("mul") else 1.0 / b)
+        if isinstance(b, Node) and isinstance(a, (int, float)) and name.startswith("mul"):
+            return b, a
+    return node, 1.0
+
+
+def _einsum(node: Node, *, keys: bool) -> tuple[Node, Node] | None:
+    """Operands of an einsum that is q k^T (keys) or p v over equal leading dimensions."""
+    if name_of(node) != "einsum" or not isinstance(node.args[0], str) or len(node.args) != 3:
+        return None
+    left, _, out = node.args[0].replace(" ", "").partition("->")
+    a, _, b = left.partition(",")
+    if not len(a) == len(b) == len(out) or a[:-2] != b[:-2] or out[:-2] != a[:-2]:
+        return None
+    ok = (a[-1] == b[-1] and out[-2:] == a[-2] + b[-2]) if keys else (a[-1] == b[-2] and out[-2:] == a[-2] + b[-1])
+    return (node.args[1], node.args[2]) if ok else None
+
+
+def _scores(node: Node) -> tuple[Node, Node, float] | None:
+    """q, k and the scale of scores q k^T * scale."""
+    node, scale = _scaled(node)
+    if (read := _einsum(node, keys=True)) is not None:
+        q, k = read
+    elif (calls(node, MATMUL) or node.target is operator.matmul) and isinstance(node.args[1], Node) \
+            and (k := _swapped(node.args[1])) is not None:
+        q = node.args[0]
+    else:
+        return None
+    (q, s), (k, t) = _scaled(q), _scaled(k)
+    return q, k, scale * s * t
+
+
+def _attention(node: Node) -> tuple[Node, Node, Node, float] | None:
+    """q, k, v and scale, if the node is attention written as two products around a softmax, used nowhere else."""
+    if (read := _einsum(node, keys=False)) is not None:
+        p, v = read
+    elif calls(node, MATMUL) or node.target is operator.matmul:
+        p, v = node.args[:2]
+    else:
+        return None
+    if not isinstance(p, Node) or not isinstance(v, Node) or name_of(p) not in SOFTMAX or len(p.users) != 1:
+        return None
+    if len(shape(node) or ()) != 4 or argument(p, 1, "dim") not in (-1, 3) or argument(p, 2, "dtype") is not None:
+        return None
+    scores = p.args[0]
+    if len(scores.users) != 1 or (found := _scores(scores)) is None:
+        return None
+    q, k, scale = found
+    return q, k, v, scale
+
+
+def _fuse(graph: torch.fx.Graph, node: Node, q: Node, k: Node, v: Node, scale: float) -> None:
+    head_dim = shape(q)[-1]
+    # The default scale is left out, so that all spellings give the same node.
+    given = {} if isinstance(head_dim, int) and math.isclose(scale, head_dim**-0.5, rel_tol=1e-6) else {"scale": scale}
+    with graph.inserting_before(node):
+        fused = graph.call_function(F.scaled_dot_product_attention, (q, k, v), given)
+    fused.meta = dict(node.meta)
+    node.replace_all_uses_with(fused)
+    graph.erase_node(node)

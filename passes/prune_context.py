@@ -1,0 +1,33 @@
+"""Pruned context: a variant of the graph that is given fewer context frames.
+
+Before (N is a dynamic size)::                 After::
+
+    prefill(context_latents [.., N, ..])           the same graph with N = kept, a constant
+    k = cat([text_k, context_k, k])                the frames are selected at the entrance, once a chunk
+
+Paper section 3.1; selection itself is the policy's. Everything behind the entrance is computed for kept frames only:
+embedding, prefill, the concatenated keys and values, attention.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from li_compile.patterns import ContextConcat
+from li_compile.patterns.graph import placeholders, region_calls, subgraphs
+
+from .record import Record
+
+
+def prune_context(module: GraphModule, context: ContextConcat, kept: int) -> Record:
+    """Make the context length the constant ``kept``, in place; inputs keep their positions."""
+    for node in placeholders(module.graph):
+        if node.name in context.sizes:
+            node.replace_all_uses_with(kept)
+    for region, sub in subgraphs(module).items():
+        found = region_calls(module, region)
+        for i, inner in enumerate(placeholders(sub.graph)):
+            if all(c.args[2 + i] == kept and isinstance(c.args[2 + i], int) for c in found):
+                inner.replace_all_uses_with(kept)
+    return Record("prune_context", context.sites,
+                  [f"{kept} context frames, selected at {len(context.inputs)} inputs: {', '.join(context.inputs)}"])

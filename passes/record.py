@@ -1,0 +1,17 @@
+"""What a pass did: one record a pass and graph, the substance of every report."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from li_compile.patterns import Miss
+
+
+@dataclasses.dataclass
+class Record:
+    """name of the pass; count of sites it rewrote; details for the report; misses: what it left alone, and why."""
+
+    name: str
+    count: int = 0
+    details: list[str] = dataclasses.field(default_factory=list)
+    misses: list[Miss] = dataclasses.field(default_factory=list)

@@ -1,0 +1,156 @@
+"""Attention sites: a scaled dot-product attention whose keys are a concatenation [text | context | current].
+
+Found on the canonical graph, in the graph itself or in a nested region::
+
+    k1 = cat([context_k, k], dim=2); k2 = cat([text_k, k1], dim=2)        # nested, flattened to segments
+    sdpa(q, k2, v2)                                                        # the same for v
+
+A segment is *current* if its keys come from the projection that the queries come from, *context* if it holds whole
+latent frames, *text* otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch.fx import GraphModule, Node
+
+from .graph import (CONV, LINEAR, REGION, SDPA, Miss, ancestors, argument, calls, cat_operands, known, placeholders,
+                    region_calls, region_operand, shape, source_line, subgraphs, through_shapes)
+
+TEXT, CONTEXT, CURRENT = 0, 1, 2
+ROLE_NAMES = ("text", "context", "current")
+
+
+@dataclasses.dataclass
+class Segment:
+    """A run of keys and values along the sequence: nodes [B, H, length, D] and what they stand for."""
+
+    key: Node
+    value: Node
+    length: object  # int or SymInt
+    role: int
+
+
+@dataclasses.dataclass
+class AttentionSite:
+    """One attention node, read. ``region`` is the attribute of the nested region that holds it, "" in the graph itself.
+
+    calls: the region's calls, or the attention node itself. layers: of each call, the weight that makes its queries:
+    one name a layer of the model, the same in all denoising steps. frames: latent frames of (context, current).
+    """
+
+    node: Node
+    region: str
+    query: Node
+    segments: list[Segment]
+    scale: float | None
+    grid: tuple[int, int]
+    kind: str  # "decode" (context is attended to), "prefill" (no context: the frames attend to each other)
+    branches: int
+    calls: list[Node]
+    layers: list[str]
+
+    def tokens(self, *roles: int):
+        return sum(s.length for s in self.segments if s.role in roles)
+
+    def frames(self, role: int):
+        return self.tokens(role) // (self.grid[0] * self.grid[1])
+
+
+def token_grids(module: GraphModule) -> list[tuple[int, int]]:
+    """Rows and columns of tokens in a frame, as the patch embeddings (convolutions over frames) of the graph give them."""
+    found = []
+    for node in module.graph.nodes:
+        s = shape(node) if calls(node, CONV) else None
+        if s is not None and len(s) >= 4 and isinstance(s[-1], int) and isinstance(s[-2], int):
+            if (s[-2], s[-1]) not in found:
+                found.append((s[-2], s[-1]))
+    return found
+
+
+def projection_inputs(node: Node) -> tuple[set[Node], list[Node]]:
+    """What the projections nearest above a node read, and those projections, nearest first."""
+    stop = lambda n: calls(n, LINEAR) or n.target is REGION
+    linears = [n for n in ancestors([node], stop) if calls(n, LINEAR)]
+    return {through_shapes(n.args[0]) for n in linears}, linears
+
+
+def flatten_cat(node: Node, dim: int) -> list[Node]:
+    """Operands of nested concatenations along one dimension, in order."""
+    read = cat_operands(node)
+    if read is None or read[1] != dim:
+        return [node]
+    return [leaf for operand in read[0] for leaf in flatten_cat(operand, dim)]
+
+
+def branch_count(query: Node) -> int:
+    """How many branches are stacked on the batch axis of the queries (RoPE and PRoPE: 2)."""
+    read = cat_operands(through_shapes(query))
+    return len(read[0]) if read is not None and read[1] == 0 else 1
+
+
+def _where_called(module: GraphModule, region: str, node: Node) -> list[Node]:
+    return region_calls(module, region) if region else [node]
+
+
+def _layer(module: GraphModule, region: str, call: Node, weight: Node) -> str:
+    if region and weight.op == "placeholder":
+        weight = through_shapes(region_operand(call, getattr(module, region), weight))
+    return weight.name
+
+
+def read_site(module: GraphModule, region: str, node: Node, grids: list[tuple[int, int]]) -> AttentionSite | Miss:
+    """Read one attention node; a Miss says why it is no site of a video model."""
+    refuse = lambda reason: Miss("attention", node.name, reason, source_line(node))
+    query, key, val = (argument(node, i, n) for i, n in enumerate(("query", "key", "value")))
+    q_shape, k_shape = shape(query), shape(key)
+    if q_shape is None or k_shape is None or len(q_shape) != 4 or len(k_shape) != 4:
+        return refuse(f"queries and keys are {q_shape} and {k_shape}; needed: [batch, heads, tokens, head_dim]")
+    if argument(node, 3, "attn_mask") is not None:
+        return refuse("it has an attention mask")
+    if argument(node, 5, "is_causal", default=False) or (argument(node, 4, "dropout_p", default=0.0) or 0.0) != 0.0:
+        return refuse("it is causal or has dropout")
+    if argument(node, 7, "enable_gqa", default=False) or not known(q_shape[1] == k_shape[1]):
+        return refuse("queries and keys have different numbers of heads")
+    keys, values = flatten_cat(key, 2), flatten_cat(val, 2)
+    if len(keys) != len(values) or not all(known(shape(k)[2] == shape(v)[2]) for k, v in zip(keys, values)):
+        return refuse("keys and values are not concatenated from segments of equal lengths")
+    mine, linears = projection_inputs(query)
+    if not linears:
+        return refuse("no projection found above its queries")
+    fresh = [bool(projection_inputs(k)[0] & mine) for k in keys]
+    if not any(fresh):
+        return refuse("its keys come from another stream than its queries (cross-attention)")
+    if sum(fresh) > 1 or not fresh[-1]:
+        return refuse("the keys of the current tokens are not one segment at the end")
+    if not known(shape(keys[-1])[2] == q_shape[2]):
+        return refuse(f"{q_shape[2]} queries but {shape(keys[-1])[2]} keys of the current tokens")
+    grid = next((g for g in grids if known(q_shape[2] % (g[0] * g[1]) == 0)), None)
+    if grid is None:
+        known_grids = ", ".join(f"{h} x {w}" for h, w in grids) or "none found in a patch embedding"
+        return refuse(f"{q_shape[2]} tokens are no whole number of latent frames (token grids: {known_grids}); "
+                      "give sparse.grid=(rows, columns)")
+    per_frame = grid[0] * grid[1]
+    roles = [CURRENT if f else CONTEXT if known(shape(k)[2] % per_frame == 0) else TEXT for k, f in zip(keys, fresh)]
+    if roles.count(CONTEXT) > 1 and TEXT not in roles:
+        return refuse(f"text and context cannot be told apart: {roles.count(CONTEXT)} segments before the current one "
+                      f"hold whole frames of {per_frame} tokens")
+    sites = _where_called(module, region, node)
+    return AttentionSite(
+        node, region, query,
+        [Segment(k, v, shape(k)[2], r) for k, v, r in zip(keys, values, roles)],
+        argument(node, 6, "scale"), grid, "decode" if CONTEXT in roles else "prefill", branch_count(query), sites,
+        [_layer(module, region, call, through_shapes(linears[0].args[1])) for call in sites])
+
+
+def find_attention(module: GraphModule, grid: tuple[int, int] | None = None) -> tuple[list[AttentionSite], list[Miss]]:
+    """All attention sites of a graph and its nested regions, and the attention nodes that are none, with the reason."""
+    grids = [grid] if grid else token_grids(module)
+    sites, misses = [], []
+    for region, graph_module in {"": module, **subgraphs(module)}.items():
+        for node in graph_module.graph.nodes:
+            if calls(node, SDPA):
+                read = read_site(module, region, node, grids)
+                (misses if isinstance(read, Miss) else sites).append(read)
+    return sites, misses

@@ -1,0 +1,25 @@
+"""Runs the contract with Triton's interpreter, in a process where it is switched on before Triton is imported."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from li_compile.kernels._compat import has_triton, interpreting
+
+
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+@pytest.mark.skipif(interpreting(), reason="this is the interpreting process")
+def test_contract_in_the_interpreter():
+    numpy = pytest.importorskip("numpy")
+    if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip("numpy 2.4 breaks range() over a loaded value in Triton's interpreter (triton #9171)")
+    contract = Path(__file__).with_name("test_contract.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton-float", str(contract)]
+    result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
+    assert passed and int(passed[1]) >= 20, result.stdout[-2000:]  # both dtypes did run

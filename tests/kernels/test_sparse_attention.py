@@ -1,0 +1,212 @@
+"""The graph-level operator: dense at ratio 1, otherwise equal to attention masked by an independent selection."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from li_compile.kernels import density, sparse_attention, use_provider
+from li_compile.kernels.layout import block_valid, neighbour_mask, tile_order
+from li_compile.kernels.plan import CONTEXT, CURRENT, TEXT
+
+H, W, TILE, SIZE = 6, 8, [2, 4, 4], 32
+
+
+def make(lengths, batch=2, heads=3, dim=16, dtype=torch.float32):
+    segment = lambda n: torch.randn(batch, n, heads, dim, dtype=dtype).transpose(1, 2)  # BHLD strided as models have it
+    lq = lengths[-1]
+    return segment(lq), [segment(n) for n in lengths], [segment(n) for n in lengths]
+
+
+def run(q, k, v, roles, topk=0.3, prefill=0.4, sub_blocks=1, height=H, width=W):
+    return sparse_attention(q, k, v, roles, height, width, TILE, SIZE, topk, prefill, sub_blocks, 0.25)
+
+
+def masked(q, k, v, roles, topk, prefill, height=H, width=W):
+    """Selection per segment by explicit loops, then SDPA with a token mask, all in the given order and fp64."""
+    q, k, v = q.double(), [x.double() for x in k], [x.double() for x in v]
+    members, owners = [], []  # token numbers in the concatenation, and role, of each block
+    start = 0
+    for x, role in zip(k, roles):
+        n = x.shape[2]
+        order = torch.arange(n) if role == TEXT else tile_order(n // (height * width), height, width, tuple(TILE))
+        members += [start + part for part in order.split(SIZE)]
+        owners += [role] * len(order.split(SIZE))
+        start += n
+    keys, values = torch.cat(k, 2), torch.cat(v, 2)
+    frames = q.shape[2] // (height * width)
+    queries = tile_order(frames, height, width, tuple(TILE)).split(SIZE)
+    decode = CONTEXT in roles
+    pool = [j for j, role in enumerate(owners) if role == (CONTEXT if decode else CURRENT)]
+    near = neighbour_mask(frames, height, width, tuple(TILE), SIZE)
+    allowed = torch.zeros(*q.shape[:3], keys.shape[2], dtype=torch.bool)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            for i, rows in enumerate(queries):
+                mean = q[b, h, rows].mean(0)
+                score = {j: (mean @ keys[b, h, members[j]].mean(0)).item() for j in pool}
+                kept = {j for j, role in enumerate(owners) if role == TEXT or (decode and role == CURRENT)}
+                if decode:
+                    budget = int(topk * len(pool) + 1e-9)
+                else:
+                    forced = {j for n, j in enumerate(pool) if near[i, n]}
+                    kept |= forced
+                    budget = max(int(prefill * len(pool) + 1e-9) - len(forced), 0)
+                    score = {j: s for j, s in score.items() if j not in forced}
+                kept |= set(sorted(score, key=score.get, reverse=True)[:budget])
+                for j in kept:
+                    allowed[b, h, rows[:, None], members[j]] = True
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=allowed, scale=0.25), allowed
+
+
+CASES = {
+    "decode": ([20, 8 * H * W, 4 * H * W], [TEXT, CONTEXT, CURRENT]),
+    "decode, current first": ([4 * H * W, 32, 8 * H * W], [CURRENT, TEXT, CONTEXT]),
+    "two histories, two texts": ([7, 4 * H * W, 40, 3 * H * W, 2 * H * W], [TEXT, CONTEXT, TEXT, CONTEXT, CURRENT]),
+    "decode without text": ([6 * H * W, 2 * H * W], [CONTEXT, CURRENT]),
+    "prefill": ([33, 8 * H * W], [TEXT, CURRENT]),
+    "prefill without text": ([5 * H * W], [CURRENT]),
+}
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def provider(request):
+    with use_provider(request.param):
+        yield
+
+
+def pick(name, **kwargs):
+    lengths, roles = CASES[name]
+    q, k, v = make(lengths, **kwargs)
+    current = roles.index(CURRENT)
+    return torch.randn_like(k[current]), k, v, roles
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_masked_attention(name, provider):
+    q, k, v, roles = pick(name)
+    out = run(q, k, v, roles)
+    want, allowed = masked(q, k, v, roles, 0.3, 0.4)
+    assert out.shape == q.shape and out.is_contiguous()
+    assert not allowed.all(), "the case must leave something out"
+    assert (out.double() - want).norm() / want.norm() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_grid_that_tiles_do_not_divide(name, provider):
+    """Truncated tiles, blocks that straddle, a partial last block."""
+    lengths, roles = CASES[name]
+    lengths = [n if role == TEXT else n // (H * W) * 35 for n, role in zip(lengths, roles)]
+    q, k, v = make(lengths)
+    out = run(q, k, v, roles, height=5, width=7)
+    want, _ = masked(q, k, v, roles, 0.3, 0.4, 5, 7)
+    assert (out.double() - want).norm() / want.norm() <= 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("ratio", [1.0, 2.0])
+def test_ratio_one_is_dense(name, ratio):
+    q, k, v, roles = pick(name)
+    want = F.scaled_dot_product_attention(q, torch.cat(k, 2), torch.cat(v, 2), scale=0.25)
+    torch.testing.assert_close(run(q, k, v, roles, ratio, ratio), want)
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_ratio_just_below_one_is_nearly_dense(name):
+    q, k, v, roles = pick(name)
+    want = F.scaled_dot_product_attention(q, torch.cat(k, 2), torch.cat(v, 2), scale=0.25)
+    out = run(q, k, v, roles, 0.999, 0.999)  # one block in a query block's list is missing
+    assert 0 < (out - want).norm() / want.norm() < 0.5
+
+
+def test_ratio_zero_keeps_what_is_forced(provider):
+    q, k, v, roles = pick("decode")
+    want = F.scaled_dot_product_attention(q, torch.cat([k[0], k[2]], 2), torch.cat([v[0], v[2]], 2), scale=0.25)
+    torch.testing.assert_close(run(q, k, v, roles, topk=0.0), want)
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_four_sub_blocks(name):
+    """Another choice of blocks, as many of them; both providers agree on it."""
+    q, k, v, roles = pick(name)
+    one, four = run(q, k, v, roles), run(q, k, v, roles, sub_blocks=4)
+    with use_provider("reference"):
+        torch.testing.assert_close(run(q, k, v, roles, sub_blocks=4), four)
+    assert not torch.equal(one, four)
+
+
+def test_expanded_segment_and_half_precision():
+    q, k, v, roles = pick("decode")
+    k[0], v[0] = (x[:1].expand_as(x) for x in (k[0], v[0]))  # text shared by both branches
+    want, _ = masked(q, k, v, roles, 0.3, 0.4)
+    assert (run(q, k, v, roles).double() - want).norm() / want.norm() <= 1e-5
+    half = run(q.bfloat16(), [x.bfloat16() for x in k], [x.bfloat16() for x in v], roles, topk=0.0)
+    full = run(q, k, v, roles, topk=0.0)
+    assert half.dtype == torch.bfloat16 and (half - full).norm() / full.norm() <= 1e-2
+
+
+def test_scratch_memory_does_not_leak_between_calls():
+    q, k, v, roles = pick("decode")
+    first = run(q, k, v, roles)
+    kept = first.clone()
+    run(*pick("prefill"))
+    assert torch.equal(first, kept)
+    torch.testing.assert_close(run(q, k, v, roles), kept, rtol=0, atol=0)
+
+
+def test_inference_mode_between_calls():
+    q, k, v, roles = pick("decode")
+    with torch.inference_mode():
+        inside = run(q, k, v, roles)
+    torch.testing.assert_close(run(q, k, v, roles), inside)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_density_is_what_runs(name):
+    lengths, roles = CASES[name]
+    q, k, v, roles = pick(name)
+    plan = density(lengths, roles, H, W, tuple(TILE), SIZE, 0.3, 0.4)
+    _, allowed = masked(q, k, v, roles, 0.3, 0.4)
+    order = tile_order(q.shape[2] // (H * W), H, W, tuple(TILE))
+    tokens = allowed[0, 0, order[::SIZE]].sum(-1)
+    assert len(plan.kept) == len(tokens)
+    sizes = sum((block_valid(n, SIZE).tolist() for n in lengths), [])
+    assert plan.total == len(sizes)
+    for blocks, seen in zip(plan.kept, tokens.tolist()):
+        assert seen <= blocks * SIZE and (set(sizes) != {SIZE} or seen == blocks * SIZE)
+
+
+def test_density_of_the_paper():
+    """HY-WorldPlay decode at context 20: 45 of 260 history blocks there; 49 instead of 52 blocks a chunk here."""
+    plan = density([1000, 20 * 1560, 6240], [TEXT, CONTEXT, CURRENT], 30, 52, (4, 8, 4), 128, 0.175, 0.3)
+    history = -(-20 * 1560 // 128)
+    assert set(plan.kept) == {8 + 49 + int(0.175 * history)} and plan.total == 8 + 49 + history
+    assert density([64], [CURRENT], 4, 4, prefill_ratio=1.0).ratio == 1.0
+    assert density([100 * 64, 64], [CONTEXT, CURRENT], 4, 4, topk_ratio=0.29).kept == (30,)  # not floor(28.999...)
+
+
+def test_wrong_arguments_say_what_is_wrong():
+    q, k, v, roles = pick("decode")
+    for arguments, words in (
+        ((q, k, v, [0, 1]), "needs a role"),
+        ((q, k, v, [0, 1, 1]), "exactly one is current"),
+        ((q[:, :, :-1], k, v, roles), "current segment's 192 tokens"),
+        ((q, [k[0], k[1][:, :, :-1], k[2]], v, roles), "whole frames"),
+        ((q, k, [v[0], v[0], v[2]], roles), "same segments"),
+        ((q.double(), k, v, roles), "dtype"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(*arguments)
+
+
+def test_operator_is_well_formed():
+    q, k, v, roles = pick("decode")
+    torch.library.opcheck(sparse_attention, (q, k, v, roles, H, W, TILE, SIZE, 0.3, 0.4, 1, 0.25))
+
+
+def test_compiles_with_symbolic_lengths():
+    q, k, v, roles = pick("decode")
+    traced = torch.compile(lambda q, k, v: run(q, k, v, roles).transpose(1, 2).flatten(2) * 2, backend="aot_eager", dynamic=True, fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(traced(q, k, v), run(q, k, v, roles).transpose(1, 2).flatten(2) * 2)
+        q, k, v, roles = pick("decode")
+        k[1], v[1] = (torch.cat((x, x), 2) for x in (k[1], v[1]))
