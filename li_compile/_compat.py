@@ -60,8 +60,3 @@ def static_fakes(inputs: Sequence[Any]):
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     return mode, [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs]
-
-
-def hint(x: Any) -> int:
-    """The number that a symbolic size stood for while it was traced (2.11 to 2.14: ``node.hint``)."""
-    return int(x.node.hint) if isinstance(x, torch.SymInt) else int(x)

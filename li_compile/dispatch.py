@@ -11,6 +11,7 @@ import torch
 
 from li_compile import _compat
 from li_compile.config import Config
+from li_compile.errors import PoseError
 from li_compile.patterns.graph import placeholders
 from li_compile.pipeline import Facts, build
 from li_compile.policy import ChunkPlan, plan_context
@@ -75,13 +76,18 @@ class Dispatcher:
                          "all kept: the samples of the batch differ", len(everything))
 
     def select(self, args: Sequence[Any], plan: ChunkPlan) -> list[Any]:
-        """Inputs with only the plan's context frames."""
-        if len(plan.indices) == plan.history:
-            return list(args)
+        """Inputs with only the plan's context frames. Raises PoseError if their frame counts differ."""
+        frames = {n: args[self.names.index(n)].shape[d] for n, d in self.facts.context.inputs.items()}
+        if len(set(frames.values())) > 1:
+            counts = ", ".join(f"{n}: {c}" for n, c in frames.items())
+            raise PoseError(f"the context inputs hold different numbers of frames ({counts}); give one pose and one "
+                            "action for each context latent")
         selected, index = list(args), torch.tensor(plan.indices)
         for name, dim in self.facts.context.inputs.items():
             i = self.names.index(name)
-            selected[i] = args[i].index_select(dim, index.to(args[i].device))
+            # Contiguous in any case: a variant is compiled for the strides that it is first given.
+            chosen = args[i].index_select(dim, index.to(args[i].device)) if len(index) < plan.history else args[i]
+            selected[i] = chosen.contiguous()
         for name in self.facts.context.sizes:
             selected[self.names.index(name)] = len(plan.indices)
         return selected

@@ -12,21 +12,16 @@ import torch
 from torch.fx import GraphModule, Node
 
 from li_compile.kernels import density
-from li_compile.patterns.graph import (CONV, LINEAR, MATMUL, REGION, SDPA, argument, calls, name_of, value)
+from li_compile.patterns.graph import (CONV, LINEAR, MATMUL, REGION, SDPA, argument, calls, hint, name_of, value)
 
 
 def _size(x) -> int:
     """Elements of a tensor; symbolic sizes by their hint."""
-    return math.prod(int(s) if isinstance(s, int) else _hint(s) for s in x.shape)
-
-
-def _hint(s) -> int:
-    node = getattr(s, "node", None)
-    return int(node.hint) if node is not None and node.hint is not None else int(s)
+    return math.prod(_dims(x))
 
 
 def _dims(x) -> list[int]:
-    return [s if isinstance(s, int) else _hint(s) for s in x.shape]
+    return [hint(s) for s in x.shape]
 
 
 def _operations(node: Node) -> int | None:

@@ -60,7 +60,7 @@ def _new_repeat(graph: Graph, x: Node, times: int, dim: int, like: Node) -> Node
 def _row_wise(node: Node, source: Node, dim: int) -> bool:
     """Whether a user of a value computes each of its rows along dim by itself (and keeps dim where it is)."""
     name = name_of(node)
-    if node.op not in ("call_function", "call_method") or node.args[0] is not source or \
+    if node.op not in ("call_function", "call_method") or not node.args or node.args[0] is not source or \
             sum(a is source for a in node.all_input_nodes) != 1:
         return name in SCALAR and len(node.args) == 2 and isinstance(node.args[0], (int, float)) and node.args[1] is source
     last = len(shape(source)) - 1

@@ -16,18 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from li_compile.patterns.graph import (MATMUL, argument, calls, cat_operands, name_of, shape, subgraphs)
+from li_compile.patterns.graph import (CONV, LINEAR, MATMUL, SDPA, SHAPE_ONLY, argument, calls, cat_operands, name_of,
+                                       shape, subgraphs)
 
 from .record import Record
 
 SOFTMAX = {"softmax"}
 TRANSPOSES = {"transpose", "swapaxes", "permute", "mT", "t"}
+# Functions (input, other, ...) whose operands some matcher reads.
+READ = SHAPE_ONLY | SOFTMAX | {"matmul", "bmm", "mul", "multiply", "div", "divide", "truediv", "add", "sub", "dropout",
+                               "repeat_interleave", "silu", "gelu", "relu", "sigmoid", "tanh", "exp", "neg", "softplus"}
 
 
 def normalize(module: GraphModule) -> Record:
-    """Fold no-ops and hand-written attention in a graph and its regions, in place."""
+    """Fold no-ops and hand-written attention in a graph and its regions, in place. Operands become positional."""
     record = Record("normalize")
     for graph_module in (module, *subgraphs(module).values()):
+        for node in graph_module.graph.nodes:
+            _positional(node)
         for node in list(graph_module.graph.nodes):
             if (same := _no_op(node)) is not None:
                 node.replace_all_uses_with(same)
@@ -39,6 +45,18 @@ def normalize(module: GraphModule) -> Record:
                 record.count += 1
                 record.details.append(f"{node.name}: hand-written attention folded into one node")
     return record
+
+
+def _positional(node: Node) -> None:
+    """Operands given by name to their positions, which is where matching looks for them."""
+    if node.op != "call_function" or not (calls(node, SDPA | LINEAR | CONV) or name_of(node) in READ):
+        return
+    names = ("query", "key", "value") if calls(node, SDPA) else ("input", "weight") if calls(node, LINEAR | CONV) \
+        else ("input", "mat2") if name_of(node) == "bmm" else ("input", "other")
+    args, kwargs = list(node.args), dict(node.kwargs)
+    while len(args) < len(names) and names[len(args)] in kwargs:
+        args.append(kwargs.pop(names[len(args)]))
+    node.args, node.kwargs = tuple(args), kwargs
 
 
 def _no_op(node: Node) -> Node | None:
@@ -104,9 +122,11 @@ def _scores(node: Node) -> tuple[Node, Node, float] | None:
     node, scale = _scaled(node)
     if (read := _einsum(node, keys=True)) is not None:
         q, k = read
-    elif (calls(node, MATMUL) or node.target is operator.matmul) and isinstance(node.args[1], Node) \
-            and (k := _swapped(node.args[1])) is not None:
-        q = node.args[0]
+    elif (calls(node, MATMUL) or node.target is operator.matmul) and isinstance(node.args[1], Node):
+        q, (k, s) = node.args[0], _scaled(node.args[1])
+        scale, k = scale * s, _swapped(k)
+        if k is None:
+            return None
     else:
         return None
     (q, s), (k, t) = _scaled(q), _scaled(k)

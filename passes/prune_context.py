@@ -11,7 +11,7 @@ embedding, prefill, the concatenated keys and values, attention.
 
 from __future__ import annotations
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from li_compile.patterns import ContextConcat
 from li_compile.patterns.graph import placeholders, region_calls, subgraphs
@@ -25,9 +25,20 @@ def prune_context(module: GraphModule, context: ContextConcat, kept: int) -> Rec
         if node.name in context.sizes:
             node.replace_all_uses_with(kept)
     for region, sub in subgraphs(module).items():
-        found = region_calls(module, region)
-        for i, inner in enumerate(placeholders(sub.graph)):
-            if all(c.args[2 + i] == kept and isinstance(c.args[2 + i], int) for c in found):
-                inner.replace_all_uses_with(kept)
+        _fold_sizes(region_calls(module, region), sub)
     return Record("prune_context", context.sites,
                   [f"{kept} context frames, selected at {len(context.inputs)} inputs: {', '.join(context.inputs)}"])
+
+
+def _fold_sizes(calls: list[Node], sub: GraphModule) -> None:
+    """Sizes that a region was handed as operands and that are constants now become constants inside it.
+
+    Inductor takes no plain number as an operand of a region.
+    """
+    for i, inner in reversed(list(enumerate(placeholders(sub.graph)))):
+        given = {c.args[2 + i] for c in calls if isinstance(c.args[2 + i], int)}
+        if len(given) == 1 and all(isinstance(c.args[2 + i], int) for c in calls):
+            inner.replace_all_uses_with(given.pop())
+            sub.graph.erase_node(inner)
+            for call in calls:
+                call.args = (*call.args[: 2 + i], *call.args[3 + i :])

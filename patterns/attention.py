@@ -136,11 +136,14 @@ def read_site(module: GraphModule, region: str, node: Node, grids: list[tuple[in
     if roles.count(CONTEXT) > 1 and TEXT not in roles:
         return refuse(f"text and context cannot be told apart: {roles.count(CONTEXT)} segments before the current one "
                       f"hold whole frames of {per_frame} tokens")
+    kind = "decode" if CONTEXT in roles else "prefill"
+    if kind == "prefill" and known(q_shape[2] == per_frame):
+        return refuse("it attends within one frame and to no context: an image model, with nothing to select from")
     sites = _where_called(module, region, node)
     return AttentionSite(
         node, region, query,
         [Segment(k, v, shape(k)[2], r) for k, v, r in zip(keys, values, roles)],
-        argument(node, 6, "scale"), grid, "decode" if CONTEXT in roles else "prefill", branch_count(query), sites,
+        argument(node, 6, "scale"), grid, kind, branch_count(query), sites,
         [_layer(module, region, call, through_shapes(linears[0].args[1])) for call in sites])
 
 
@@ -153,4 +156,8 @@ def find_attention(module: GraphModule, grid: tuple[int, int] | None = None) -> 
             if calls(node, SDPA):
                 read = read_site(module, region, node, grids)
                 (misses if isinstance(read, Miss) else sites).append(read)
+    if not sites and not misses:
+        misses.append(Miss("attention", "graph", "no scaled dot-product attention in this graph; call "
+                           "torch.nn.functional.scaled_dot_product_attention, since attention inside a custom operator "
+                           "or behind a graph break cannot be seen"))
     return sites, misses

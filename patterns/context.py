@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .attention import CONTEXT, CURRENT, AttentionSite
-from .graph import Miss, is_parameter, known, placeholders, shape, source_line, value
+from .graph import Miss, hint, is_parameter, known, placeholders, shape, source_line, value
 
 
 @dataclasses.dataclass
@@ -31,11 +31,11 @@ class ContextConcat:
     current: int
 
 
-def _is_pose(node: Node, frames) -> bool:
-    """Matrices of so many frames: floating point [frames, 4, 4] or [B, frames, 4, 4], and no weight."""
+def _is_pose(node: Node) -> bool:
+    """A matrix a frame: floating point [frames, 4, 4] or [B, frames, 4, 4], and no weight."""
     s = shape(node)
-    return s is not None and len(s) in (3, 4) and s[-2:] == (4, 4) and known(s[-3] == frames) \
-        and value(node).is_floating_point() and not is_parameter(node)
+    return s is not None and len(s) in (3, 4) and s[-2:] == (4, 4) and value(node).is_floating_point() \
+        and not is_parameter(node)
 
 
 def find_context(module: GraphModule, sites: list[AttentionSite],
@@ -53,16 +53,17 @@ def find_context(module: GraphModule, sites: list[AttentionSite],
                       "length has a graph of its own; compile without dynamic=False, or mark the frame dimension with "
                       "torch._dynamo.mark_dynamic", site.node)
     tensors = [p for p in placeholders(module.graph) if isinstance(value(p), torch.Tensor)]
-    inputs = {p.name: next(i for i, d in enumerate(shape(p)) if known(d == frames))
-              for p in tensors if any(known(d == frames) for d in shape(p))}
-    sizes = [p.name for p in placeholders(module.graph)
-             if isinstance(value(p), torch.SymInt) and known(value(p) == frames)]
+    # Dynamo may give every input a size symbol of its own; that they are one and the same shows in what they stood for.
+    same = lambda d: isinstance(d, torch.SymInt) and hint(d) == hint(frames)
+    inputs = {p.name: next(i for i, d in enumerate(shape(p)) if same(d))
+              for p in tensors if any(same(d) for d in shape(p))}
+    sizes = [p.name for p in placeholders(module.graph) if same(value(p))]
     if not inputs:
         return refuse(f"no input of the graph has a dimension of the {frames} context frames", site.node)
     named = lambda role: [p for p in tensors if roles and roles.get(role) and roles[role] in p.name.lower()]
-    history = named("history_w2c") or [p for p in tensors if p.name in inputs and _is_pose(p, frames)]
-    now = named("current_w2c") or [p for p in tensors if p.name not in inputs and _is_pose(p, current)]
-    history, now = [p for p in history if p.name in inputs], [p for p in now if p.name not in inputs]
+    history = [p for p in named("history_w2c") or filter(_is_pose, tensors) if p.name in inputs]
+    now = [p for p in named("current_w2c") or filter(_is_pose, tensors) if p.name not in inputs]
+    now = [p for p in now if known(shape(p)[-3] == current)]
     if len(history) != 1 or len(now) != 1:
         return refuse(f"camera poses: {len(history)} inputs [..., context frames, 4, 4] and {len(now)} inputs "
                       f"[..., {current}, 4, 4] found, needed one of each; name them in a family's roles", site.node)

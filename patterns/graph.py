@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
+from ._compat import hint, known  # noqa: F401  (part of the vocabulary)
+
 aten = torch.ops.aten
 
 CAT = {torch.cat, torch.concat, torch.concatenate, aten.cat.default}
@@ -145,10 +147,3 @@ def source_line(node: Node) -> str:
     trace = node.meta.get("stack_trace") or node.stack_trace or ""
     found = re.findall(r'File "([^"]+)", line (\d+)', trace)
     return f"{found[-1][0]}:{found[-1][1]}" if found else ""
-
-
-def known(condition) -> bool:
-    """Whether a condition on symbolic sizes is known to hold, without adding a guard."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    return bool(condition) if isinstance(condition, bool) else statically_known_true(condition)

@@ -1,12 +1,14 @@
-"""Videos and contact sheets of frames, written so that a half-written file is never found under the final name."""
+"""Videos, contact sheets and reports, written so that a half-written file is never found under the final name."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -106,6 +108,14 @@ def contact_sheet(path: str | os.PathLike[str], rows: Mapping[str, np.ndarray], 
             Image.fromarray(sheet).save(temporary)
         except ValueError as error:
             raise LightInteractionError(f"cannot write {path}: {error}; use a suffix such as .png") from None
+    return Path(path)
+
+
+def write_json(path: str | os.PathLike[str], data: Any) -> Path:
+    """Write plain data as JSON, replacing what was at ``path``."""
+    text = json.dumps(data, indent=1, allow_nan=False)
+    with _replacing(Path(path)) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
     return Path(path)
 
 

@@ -269,10 +269,14 @@ class ChunkSampler(nn.Module):
     This is what a user compiles: ``torch.compile(ChunkSampler(model), backend="light_interaction")``.
     """
 
-    def __init__(self, model: WorldModel, steps: int | None = None):
+    def __init__(self, model: WorldModel, steps: int | None = None, mark: bool = False):
+        """mark: note in ``timing`` when the context's keys and values exist, so that prefill and denoising are timed apart."""
         super().__init__()
         self.model = model
         self.sigmas = sigmas(model.config, steps)
+        self.mark = mark
+        if mark:
+            from . import timing  # noqa: F401  (registers the operator)
 
     def forward(self, noise: Tensor, prompt: Tensor, action: Tensor, w2c: Tensor, intrinsics: Tensor, text_k: Tensor,
                 text_v: Tensor, context_latents: Tensor | None = None, context_action: Tensor | None = None,
@@ -291,6 +295,9 @@ class ChunkSampler(nn.Module):
             _, context = self.model(torch.cat([context_latents, blank], dim=1), label, context_action, context_w2c,
                                     intrinsics, text_k, text_v)
         x = noise
+        if self.mark and context is not None:
+            # The last block's are made last. Keeping all alive in one place would cost what is to be measured.
+            x = torch.ops.doom_world.mark([context[0][-1], context[1][-1]], x)
         for sigma, following in zip(self.sigmas[:-1], self.sigmas[1:]):
             time = torch.full_like(action, 1000 * sigma, dtype=torch.float32)
             velocity, _ = self.model(torch.cat([x, prompt], dim=1), time, action, w2c, intrinsics, text_k, text_v,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from li_compile.config import Config
+from li_compile.errors import PoseError
 from li_compile.policy import plan_context
 
 from .model import WorldConfig, WorldModel
@@ -29,29 +30,32 @@ def first_prompt(image: Tensor, config: WorldConfig) -> Tensor:
 
 
 @torch.no_grad()
-def rollout(model: WorldModel, sampler: Callable[..., Tensor], truth: Tensor, w2c: Tensor, intrinsics: Tensor,
-            action: Tensor, teacher_forced: bool = False, seed: int = 0,
-            on_chunk: Callable[[int], None] | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """Generate a trajectory.
+def play(model: WorldModel, sampler: Callable[..., Tensor], truth: Tensor, w2c: Tensor, intrinsics: Tensor,
+         action: Tensor, teacher_forced: bool = False, seed: int = 0,
+         dtype: torch.dtype | None = None) -> Iterator[Tensor]:
+    """Generate a trajectory, chunk by chunk: the latents so far, [T, C, H, W], after each chunk (always one tensor).
 
-    truth: latents [T, C, H, W] of the rendered frames; only frame 0 is used, as the prompt image, unless
-    teacher_forced, where the context of each chunk is the truth. w2c [T, 4, 4]; intrinsics [3, 3]; action [T]; T a
-    multiple of the chunk. sampler: a ``ChunkSampler``, compiled or not. on_chunk(index) is called after each
-    chunk. Returns latents [T, C, H, W], frame 0 replaced by the prompt.
+    truth: latents [T, C, H, W] of the rendered frames, or [1, C, H, W]; only frame 0 is used, as the prompt image,
+    unless teacher_forced, where the context of each chunk is the truth. w2c [T, 4, 4]; intrinsics [3, 3]; action [T];
+    T a multiple of the chunk. sampler: a ``ChunkSampler``, compiled or not. Frame 0 becomes the prompt image.
     """
     config, device = model.config, truth.device
     dtype = dtype or next(model.parameters()).dtype
     frames = w2c.shape[0]
     if frames % config.chunk:
-        raise ValueError(f"the trajectory has {frames} frames; give a multiple of {config.chunk}")
+        raise PoseError(f"the trajectory has {frames} frames; give a multiple of {config.chunk}")
+    if action.shape[0] != frames or truth.shape[0] < (frames if teacher_forced else 1):
+        raise PoseError(f"{frames} poses, {action.shape[0]} actions and {truth.shape[0]} true frames were given; give one "
+                        "of each a frame (of true frames, the first alone is enough unless teacher-forced)")
     generator = torch.Generator("cpu").manual_seed(seed)
+    truth = truth.contiguous()  # one layout for either source of context, or the compiled sampler is compiled again
     image = truth[:1]
     text = [t.to(dtype) for t in model.prefix(image.to(dtype))]
     camera = w2c.float()
     poses = camera.cpu()
     k = intrinsics.float()[None]
     done = torch.empty(frames, *truth.shape[1:], device=device)
-    for c, s in enumerate(range(0, frames, config.chunk)):
+    for s in range(0, frames, config.chunk):
         now = slice(s, s + config.chunk)
         noise = torch.randn(1, config.channels, config.chunk, *truth.shape[-2:], generator=generator).to(device, dtype)
         prompt = first_prompt(image, config) if s == 0 else image.new_zeros(1, config.channels + 1, config.chunk, *truth.shape[-2:])
@@ -63,6 +67,14 @@ def rollout(model: WorldModel, sampler: Callable[..., Tensor], truth: Tensor, w2
         done[now] = sampler(*args)[0].transpose(0, 1).float()
         if s == 0:
             done[0] = image[0]
+        yield done
+
+
+def rollout(model: WorldModel, sampler: Callable[..., Tensor], truth: Tensor, w2c: Tensor, intrinsics: Tensor,
+            action: Tensor, teacher_forced: bool = False, seed: int = 0,
+            on_chunk: Callable[[int], None] | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """``play`` to the end: latents [T, C, H, W]. on_chunk(index) is called after each chunk."""
+    for c, done in enumerate(play(model, sampler, truth, w2c, intrinsics, action, teacher_forced, seed, dtype)):
         if on_chunk is not None:
             on_chunk(c)
     return done

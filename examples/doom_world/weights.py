@@ -6,7 +6,10 @@ import os
 import pathlib
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from li_compile.errors import LightInteractionError
 
 from .codec import Codec
 from .model import WorldConfig, WorldModel
@@ -24,9 +27,19 @@ def save_weights(path: pathlib.Path, model: WorldModel, codec: Codec) -> None:
 
 def load_world(path: pathlib.Path = FILE, device: str = "cpu", dtype: torch.dtype = torch.float32,
                regional: bool = True) -> tuple[WorldModel, Codec]:
-    """The trained transformer (in dtype) and the codec (always float32), both in eval mode on device."""
-    tensors = load_file(path)
+    """The trained transformer (in dtype) and the codec (always float32), both in eval mode on device.
+
+    Raises LightInteractionError if the file is missing, cut short or of another model.
+    """
     model, codec = WorldModel(WorldConfig(), regional), Codec()
-    for module, prefix in ((model, "model."), (codec, "codec.")):
-        module.load_state_dict({k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)})
+    try:
+        tensors = load_file(path)
+        for module, prefix in ((model, "model."), (codec, "codec.")):
+            module.load_state_dict({k.removeprefix(prefix): v.float() for k, v in tensors.items() if k.startswith(prefix)})
+    except FileNotFoundError:
+        raise LightInteractionError(f"the weights {path} are missing; restore the file from git, or train them again with "
+                                    "train.py") from None
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise LightInteractionError(f"the weights {path} cannot be used ({str(error).splitlines()[0]}); restore the file "
+                                    "from git, or train them again with train.py") from error
     return model.to(device, dtype).eval().requires_grad_(False), codec.to(device).eval().requires_grad_(False)

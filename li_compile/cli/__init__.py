@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import typer
 
-from li_compile.cli import doctor, families
+from li_compile.cli import demo, doctor, families
 
 __all__ = ["app"]
 
-COMMANDS = (doctor, families)
+COMMANDS = (demo, doctor, families)
 
 app = typer.Typer(
     name="li-compile",

@@ -1,0 +1,62 @@
+"""``li-compile demo``: play Doom World dense and accelerated, side by side. Works from a checkout of the repository."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+import sys
+from typing import Annotated
+
+import typer
+
+PACKAGES = {"imageio_ffmpeg": "imageio-ffmpeg", "PIL": "pillow", "torchmetrics": "torchmetrics"}  # of [examples]
+TRAJECTORY = (
+    "A name in examples/doom_world/trajectories (explore, loop, revisit, revisit_unseen, still, sudden), a path to an "
+    ".npz, or typed keys: w a s d move, < > turn (or left, right, up, down, arrows), . stands. A run: 'wwww<<<<'. "
+    "Counts: 'left*11,right*11,w*9'. Held together: 'w+left*4'. Quote them. Typed keys start where revisit does, have no "
+    "ground truth, meet no walls, and stand still to the end of the last chunk; at most 63."
+)
+
+
+def command(
+    preset: Annotated[str, typer.Option(help="What to accelerate: off, exact, context, sparse, cache or all.")] = "all",
+    device: Annotated[str, typer.Option(help="cpu, or cuda (bfloat16).")] = "cpu",
+    trajectory: Annotated[str, typer.Option(help=TRAJECTORY)] = "revisit",
+    out: Annotated[pathlib.Path, typer.Option(help="Folder for the video, the contact sheet and report.json.")] = pathlib.Path("out/demo"),
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    chunks: Annotated[int | None, typer.Option(min=2, max=16, help="Play only the first chunks, of 4 frames each.")] = None,
+    video: Annotated[bool, typer.Option("--video/--no-video", help="Write side_by_side.mp4.")] = True,
+) -> None:
+    """Play a trajectory of a learned world dense and accelerated; print what was gained and what it cost.
+
+    The peer is plain Inductor. On two CPU cores it takes up to 8 minutes, most of it compiling; --chunks 5 takes less.
+    """
+    from li_compile.errors import LightInteractionError
+
+    try:
+        demo = doom_world()
+        demo.run(demo.Settings(preset, device, trajectory, out, seed, chunks, video))
+    except LightInteractionError as error:
+        from rich.console import Console
+        from rich.markup import escape
+
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+def doom_world():
+    """The demo's module, from the checkout that this package is installed from; an error where there is none."""
+    from li_compile.errors import LightInteractionError
+
+    examples = pathlib.Path(__file__).resolve().parents[2] / "examples"
+    if not (examples / "doom_world" / "demo.py").is_file():
+        raise LightInteractionError(f"the demo needs a checkout of the repository, and {examples} is not there; clone it and "
+                                    "run `pip install -e '.[examples]'` in it")
+    missing = [name for module, name in PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise LightInteractionError(f"the demo needs {', '.join(missing)}; run `pip install -e '.[examples]'` in the checkout")
+    if str(examples) not in sys.path:
+        sys.path.insert(0, str(examples))
+    from doom_world import demo
+
+    return demo

@@ -1,0 +1,19 @@
+"""The private PyTorch API that matching uses, with its versions and reason."""
+
+from __future__ import annotations
+
+import torch
+
+
+def known(condition) -> bool:
+    """Whether a condition on symbolic sizes is known to hold, without adding a guard (2.11 to 2.14)."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(condition) if isinstance(condition, bool) else statically_known_true(condition)
+
+
+def hint(size) -> int | None:
+    """The number that a size stood for while it was traced (2.11 to 2.14: ``SymInt.node.hint``); None if unknown."""
+    if isinstance(size, torch.SymInt):
+        return None if size.node.hint is None else int(size.node.hint)
+    return int(size)

@@ -1,0 +1,41 @@
+"""Shared fixtures. Graphs are traced once a session; see tracing.py."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def clean_dynamo():
+    """No test sees what another compiled."""
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def tiny_world():
+    """tiny_world(regional=..., depth=2): Doom World with 2 blocks of 32 channels on 4 x 4 tokens, random weights."""
+    from examples.doom_world.model import WorldConfig, WorldModel
+
+    config = WorldConfig(channels=4, height=4, width=4, dim=32, heads=2, depth=2, rope_dims=(4, 6, 6), cond_dim=16,
+                         text_dim=16, registers=4)
+
+    def make(regional: bool = True, **changes) -> WorldModel:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return WorldModel(dataclasses.replace(config, **changes), regional=regional).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session", params=["regions", "unrolled"])
+def world(request, tiny_world):
+    """The chunk function of the tiny world in both forms: (sampler, its graph with a dynamic number of context frames)."""
+    from examples.doom_world.model import ChunkSampler
+    from tracing import Traced, dynamic, world_inputs
+
+    sampler = ChunkSampler(tiny_world(regional=request.param == "regions"))
+    return sampler, Traced(sampler, *dynamic(world_inputs(sampler.model, 20)))
