@@ -23,8 +23,12 @@ _EXPORTS: dict[str, str | None] = {
     "ContextConfig": "li_compile.config",
     "ExactConfig": "li_compile.config",
     "LightInteractionError": "li_compile.errors",
+    "Report": "li_compile.report",
     "Session": "li_compile.session",
     "SparseConfig": "li_compile.config",
+    "compile": "li_compile.compiling",
+    "explain": "li_compile.explaining",
+    "last_report": "li_compile.backend",
     "patterns": None,
 }
 

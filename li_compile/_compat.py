@@ -54,9 +54,23 @@ def fake_mode_of(inputs: Sequence[Any]):
     return modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def static_fakes(inputs: Sequence[Any]):
-    """(mode, fake inputs) with constant sizes for real tensors and numbers."""
+def static_fakes(inputs: Sequence[Any], devices: Sequence[torch.device | None] | None = None):
+    """(mode, fake inputs) with constant sizes for tensors and numbers; devices: of meta tensors, what they stand for."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    return mode, [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+    fakes = []
+    for i, x in enumerate(inputs):
+        if isinstance(x, torch.Tensor) and x.is_meta and devices is not None:
+            with mode:
+                fakes.append(torch.empty(x.shape, dtype=x.dtype, device=devices[i]))
+        else:
+            fakes.append(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x)
+    return mode, fakes
+
+
+def graph_breaks() -> list[str]:
+    """Reasons of the graph breaks that Dynamo met since its last reset (2.11 to 2.14: ``counters``)."""
+    from torch._dynamo.utils import counters
+
+    return [f"{reason.splitlines()[0]} ({count} x)" for reason, count in counters["graph_break"].items()]

@@ -12,6 +12,10 @@ from li_compile.patterns.graph import REGION
 
 
 class _Propagate(Interpreter):
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__(module)
+        self.regions: dict[tuple, object] = {}
+
     def run_node(self, n: Node):
         result = super().run_node(n)
         n.meta["example_value"] = result
@@ -19,9 +23,16 @@ class _Propagate(Interpreter):
         return result
 
     def call_function(self, target, args, kwargs):
-        if target is REGION:  # walk the region itself, so that its nodes get shapes too
-            return _Propagate(args[0]).run(*args[2:])
+        if target is REGION:  # walk the region itself, so that its nodes get shapes too; once, as all calls are alike
+            key = (args[0], str([_layout(x) for x in args[2:]]))  # as text: symbolic sizes cannot be hashed
+            if key not in self.regions:
+                self.regions[key] = _Propagate(args[0]).run(*args[2:])
+            return self.regions[key]
         return super().call_function(target, args, kwargs)
+
+
+def _layout(x) -> tuple:
+    return (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, torch.Tensor) else (x,)
 
 
 def propagate(module: GraphModule, inputs: Sequence, mode) -> None:

@@ -106,12 +106,13 @@ def ancestors(roots: list[Node], stop=lambda node: False) -> Iterator[Node]:
             todo.extend(node.all_input_nodes)
 
 
-def descendants(roots: list[Node]) -> set[Node]:
+def descendants(roots: list[Node], stop=lambda node: False) -> set[Node]:
+    """Every node that depends on the roots; none for which stop(node), and nothing behind it."""
     seen, todo = set(), list(roots)
     while todo:
         node = todo.pop()
         for user in node.users:
-            if user not in seen:
+            if user not in seen and not stop(user):
                 seen.add(user)
                 todo.append(user)
     return seen

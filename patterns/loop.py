@@ -5,7 +5,8 @@ Dynamo unrolls the Python loop, so that the graph holds N copies of the model, f
     v0 = model(x0, t0);  x1 = x0 + v0 * d0;  v1 = model(x1, t1);  x2 = x1 + v1 * d1;  ...
 
 Found without any mark: the operators that read weights, in graph order, end in a run of equal pieces. What makes it a
-denoising loop and not, say, a shared layer applied N times: the state also reaches the next call around the model.
+denoising loop and not, say, a shared layer applied N times: the calls differ in something besides the state (the time),
+and the state, or fresh noise in its place, also reaches the next call around the model.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from .graph import (CONV, LINEAR, REGION, SDPA, SHAPE_ONLY, Miss, ancestors, cal
 
 RANDOM = {"rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "dropout", "bernoulli", "multinomial",
           "normal", "normal_", "uniform_", "native_dropout"}
+# Operators that read no more of their first operand than its shape.
+VALUE_FREE = {"full_like", "zeros_like", "ones_like", "rand_like", "randn_like", "new_full", "new_zeros", "new_ones"}
 WRITES = {"setitem", "copy_", "index_copy_", "scatter_", "index_put_", "add_", "mul_", "fill_", "zero_"}
 
 
@@ -124,30 +127,57 @@ def _read_loop(nodes: list[Node], steps: list[list[Node]]) -> DenoisingLoop | Mi
         if not out or [(name_of(n), str(shape(n))) for n in out] != [(name_of(n), str(shape(n))) for n in outputs[0]]:
             return refuse(f"call {i} of the repeated model hands on other values than call 0", step[0])
         for node in nodes[order[step[0]]:order[step[-1]] + 1]:
-            if name_of(node) in RANDOM | WRITES:
-                return refuse(f"the model draws random numbers or writes in place ({name_of(node)})", node)
+            if (effect := _effect(node)) is not None:
+                return refuse(f"the model draws random numbers or writes in place ({effect})", node)
+    numbers, free = _value_numbers(nodes), lambda n: name_of(n) in VALUE_FREE
     for i in range(1, len(steps)):
         if not set(outputs[i - 1]) & set(ancestors(steps[i])):
             return refuse(f"call {i} does not depend on call {i - 1}: a repeated model, but no loop", steps[i][0])
-        if not _bypasses(outputs[i - 1], steps[i - 1], steps[i]):
+        fixed = [set(ancestors(s)) - descendants([o for out in outputs[:i] for o in out], free) for s in steps[i - 1:i + 1]]
+        known = {numbers[n] for n in fixed[0]}
+        fresh = {n for n in fixed[1] if numbers[n] not in known}
+        if not fresh:
+            return refuse(f"call {i} differs from call {i - 1} in nothing but the state, not even a time: repeated "
+                          "layers, no denoising loop", steps[i][0])
+        if not _bypasses(outputs[i - 1], steps[i - 1], steps[i], fresh):
             return refuse("the state reaches the next call only through the model: repeated layers, no denoising loop",
                           steps[i][0])
     form = "regions" if any(n.target is REGION for s in steps for n in s) else "unrolled"
     return DenoisingLoop(steps, outputs, form)
 
 
-def _bypasses(outputs: list[Node], before: list[Node], after: list[Node]) -> bool:
+def _effect(node: Node) -> str | None:
+    """Name of the first operator with an effect at a node or, where it calls a region, inside."""
+    if node.target is REGION:
+        sub = getattr(node.graph.owning_module, node.args[0].target)
+        return next((e for n in sub.graph.nodes if (e := _effect(n)) is not None), None)
+    return name_of(node) if name_of(node) in RANDOM | WRITES else None
+
+
+def _value_numbers(nodes: list[Node]) -> dict[Node, int]:
+    """Numbers that are equal for nodes which compute the same from the same, as two steps do with what is invariant."""
+    numbers, seen = {}, {}
+    for node in nodes:
+        unique = node.op in ("placeholder", "get_attr") or name_of(node) in RANDOM
+        args = (shape(node), *node.args[1:]) if name_of(node) in VALUE_FREE else node.args
+        key = node.name if unique else repr((name_of(node), torch.fx.map_arg((args, node.kwargs), numbers.get)))
+        numbers[node] = seen.setdefault(key, len(seen))
+    return numbers
+
+
+def _bypasses(outputs: list[Node], before: list[Node], after: list[Node], fresh: set[Node]) -> bool:
     """Whether the state that ``before`` starts from also reaches ``after`` on a way around ``before``.
 
     The update x' = x + v * d joins the model's output with the state: some node between the two steps reads both what
-    the model gave and a tensor that the model read too and that is neither a weight nor the model's own work.
+    the model gave and a tensor that the model read too and that is neither a weight nor the model's own work. Fresh
+    noise of the state's size, joined in its place, counts as well (a model that predicts the clean state).
     """
-    joined = descendants(outputs) & set(ancestors(after))
+    joined = descendants(outputs, lambda n: name_of(n) in VALUE_FREE) & set(ancestors(after))
     inner = set(before) | (descendants(before) & set(ancestors(outputs)))
     read = {n for n in ancestors([x for b in before for x in b.all_input_nodes]) if n not in inner}
     for node in joined:
         for operand in node.all_input_nodes:
-            if operand in read and operand not in joined and operand not in outputs and _is_state(operand, outputs):
+            if (operand in read or operand in fresh) and operand not in joined and operand not in outputs and _is_state(operand, outputs):
                 return True
     return False
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import pathlib
 
 import numpy as np
 import pytest
@@ -132,7 +131,7 @@ def test_the_command_refuses(tmp_path):
     assert "did you mean 'revisit'?" in said and "explore, loop, revisit" in said
     assert "no file" in refused("--trajectory", tmp_path / "none.npz", "--out", tmp_path)
     assert "choose cpu or cuda" in refused("--device", "tpu", "--out", tmp_path)
-    assert "2<=x<=16" in refused("--chunks", "17", "--out", tmp_path)
+    assert "16" in refused("--chunks", "17", "--out", tmp_path)
     assert "2 chunks, 5 are needed" in refused("--trajectory", "wasd", "--chunks", "5", "--out", tmp_path)
     (tmp_path / "file").touch()
     for out in (tmp_path / "file", tmp_path / "file" / "below"):  # the tests may run as root, who may write anywhere
@@ -190,7 +189,7 @@ def test_the_marker_hides_no_pattern(world):
 def test_marker_and_memory():
     torch.library.opcheck(torch.ops.doom_world.mark.default, ([torch.randn(3)], torch.randn(2, 2)))
     x = torch.randn(512, 512)
-    assert timing.peak_memory(lambda a: ((a @ a).relu() + 1).sum(), (x,)) == pytest.approx(3 * 2**20, rel=0.01)
+    assert timing.peak_memory(lambda a: ((a @ a).relu() + 1).sum(), (x,)) == pytest.approx(2 * 2**20, rel=0.01)
 
 
 def test_a_small_run(tmp_path, world):
@@ -226,6 +225,5 @@ def test_a_small_run(tmp_path, world):
 
 
 def test_trajectories_are_in_the_help():
-    """The command's help names them without importing torch, so from a list of its own."""
-    assert all(name in command.TRAJECTORY for name in sources.names())
-    assert pathlib.Path(command.__file__).is_file()
+    """The command names them without importing torch, so from a list of its own."""
+    assert command.TRAJECTORIES == ", ".join(sources.names())

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
@@ -74,7 +75,7 @@ def run(settings: Settings, console: Console | None = None,
                  "accelerated": torch.compile(ChunkSampler(model, mark=True), backend="light_interaction", options=options)}
     modes = ["free-running", "teacher-forced"] if sources.has_truth(trajectory) else ["free-running"]
     chunks = len(trajectory.action) // model.config.chunk
-    console.print(f"Doom World, trajectory [b]{trajectory.name}[/b] ({chunks} chunks of {model.config.chunk} frames), preset "
+    console.print(f"Doom World, trajectory [b]{escape(trajectory.name)}[/b] ({chunks} chunks of {model.config.chunk} frames), preset "
                   f"[b]{settings.preset}[/b] on {device}: dense (plain {peer}) and accelerated in turn, {' and '.join(modes)}.")
     console.print("Graphs are compiled when a context length first comes up. On two CPU cores each takes up to a minute, and "
                   "all takes up to 8; compiling is kept out of the times below.")
@@ -114,7 +115,7 @@ def run(settings: Settings, console: Console | None = None,
     media.write_json(settings.out / "report.json", report)
     for part in summary.tables(report):
         console.print(part)
-    console.print(f"Written to {settings.out}: {', '.join([*report['files'], 'report.json'])}. "
+    console.print(f"Written to {escape(str(settings.out))}: {', '.join([*report['files'], 'report.json'])}. "
                   f"{report['seconds_in_all']:.0f} s in all.")
     return report
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import typer
 
-from li_compile.cli import demo, doctor, families
+from li_compile.cli import demo, doctor, explain, families
 
 __all__ = ["app"]
 
-COMMANDS = (demo, doctor, families)
+COMMANDS = (demo, explain, doctor, families)
 
 app = typer.Typer(
     name="li-compile",

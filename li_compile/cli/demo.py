@@ -10,18 +10,13 @@ from typing import Annotated
 import typer
 
 PACKAGES = {"imageio_ffmpeg": "imageio-ffmpeg", "PIL": "pillow", "torchmetrics": "torchmetrics"}  # of [examples]
-TRAJECTORY = (
-    "A name in examples/doom_world/trajectories (explore, loop, revisit, revisit_unseen, still, sudden), a path to an "
-    ".npz, or typed keys: w a s d move, < > turn (or left, right, up, down, arrows), . stands. A run: 'wwww<<<<'. "
-    "Counts: 'left*11,right*11,w*9'. Held together: 'w+left*4'. Quote them. Typed keys start where revisit does, have no "
-    "ground truth, meet no walls, and stand still to the end of the last chunk; at most 63."
-)
+TRAJECTORIES = "explore, loop, revisit, revisit_unseen, still, sudden"
 
 
 def command(
     preset: Annotated[str, typer.Option(help="What to accelerate: off, exact, context, sparse, cache or all.")] = "all",
     device: Annotated[str, typer.Option(help="cpu, or cuda (bfloat16).")] = "cpu",
-    trajectory: Annotated[str, typer.Option(help=TRAJECTORY)] = "revisit",
+    trajectory: Annotated[str, typer.Option(help=f"{TRAJECTORIES}; a path to an .npz; or typed keys, see above.")] = "revisit",
     out: Annotated[pathlib.Path, typer.Option(help="Folder for the video, the contact sheet and report.json.")] = pathlib.Path("out/demo"),
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     chunks: Annotated[int | None, typer.Option(min=2, max=16, help="Play only the first chunks, of 4 frames each.")] = None,
@@ -30,6 +25,10 @@ def command(
     """Play a trajectory of a learned world dense and accelerated; print what was gained and what it cost.
 
     The peer is plain Inductor. On two CPU cores it takes up to 8 minutes, most of it compiling; --chunks 5 takes less.
+
+    Typed keys for --trajectory: w a s d move, < > turn (or the words left, right, up, down, or arrows), . stands.
+    A run, one frame each: 'wwww<<<<'. Counts: 'left*11,right*11,w*9'. Held together: 'w+left*4'. Quote them.
+    At most 63; they start where revisit does, meet no walls, have no ground truth, and end with standing still.
     """
     from li_compile.errors import LightInteractionError
 

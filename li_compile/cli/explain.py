@@ -1,0 +1,72 @@
+"""``li-compile explain``: what would be rewritten in a function, and why something would not."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pathlib
+import sys
+from typing import Annotated
+
+import typer
+
+
+def command(
+    target: Annotated[str, typer.Argument(help="MODULE:FUNCTION; FUNCTION() returns (model or function, args) or "
+                                               "(model or function, args, kwargs).")] = "doom_world.example:chunk",
+    preset: Annotated[str, typer.Option(help="off, exact, context, sparse, cache or all.")] = "all",
+    option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE, such as sparse.topk_ratio=0.25; repeatable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Trace a function, find the patterns, and show what every pass would do; runs nothing of the model."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    from li_compile.errors import LightInteractionError
+
+    try:
+        from li_compile.config import Config
+        from li_compile.explaining import explain
+
+        config = Config.from_options({"preset": preset, **dict(parse(text) for text in option or [])})
+        function, args, kwargs = load(target)
+        report = explain(function, *args, config=config, **kwargs)
+    except LightInteractionError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(json.dumps(report.to_dict(), indent=1, default=str))
+    else:
+        Console().print(report)
+
+
+def parse(text: str) -> tuple[str, object]:
+    """``KEY=VALUE`` with VALUE as JSON where it is JSON, else as it stands."""
+    from li_compile.errors import ConfigError
+
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"option {text!r} has no '='; give KEY=VALUE, such as sparse.topk_ratio=0.25")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def load(target: str) -> tuple[object, tuple, dict]:
+    """(function, args, kwargs) that a target names; a checkout's ``examples`` folder is searched too."""
+    from li_compile.errors import ConfigError
+
+    module, colon, name = target.partition(":")
+    if not colon:
+        raise ConfigError(f"target {target!r} is no MODULE:FUNCTION, such as doom_world.example:chunk")
+    for folder in (pathlib.Path.cwd(), pathlib.Path(__file__).resolve().parents[2] / "examples"):
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
+    try:
+        made = getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"target {target!r} cannot be loaded: {error}") from error
+    if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[1], (tuple, list)):
+        raise ConfigError(f"{target}() must return (function, args) or (function, args, kwargs)")
+    return made[0], tuple(made[1]), dict(made[2]) if len(made) == 3 else {}

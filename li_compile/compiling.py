@@ -1,0 +1,57 @@
+"""``li_compile.compile``: ``torch.compile`` with our backend, its options checked first, and a way back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from li_compile.config import Config
+from li_compile.errors import ConfigError
+from li_compile.pipeline import family_of
+
+
+class Compiled:
+    """A compiled function or module. Call it as the original; attributes are the original's.
+
+    ``report()``: what was rewritten so far in this thread. ``detach()``: the original, as it was.
+    """
+
+    def __init__(self, original: Callable[..., Any], config: Config) -> None:
+        self.original, self.config = original, config
+        self._run = torch.compile(original, backend="light_interaction", options=config.to_options())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("original", "config", "_run"):  # not set yet, as while unpickling
+            raise AttributeError(name)
+        return getattr(self.original, name)
+
+    def report(self):
+        from li_compile.backend import last_report
+
+        return last_report()
+
+    def detach(self) -> Callable[..., Any]:
+        return self.original
+
+
+def compile(model: Callable[..., Any], config: Config | None = None, family: str | None = None) -> Compiled:
+    """Compile a module or function for the options of ``config`` (None: all defaults, preset "all").
+
+    The same as ``torch.compile(model, backend="light_interaction", options=...)``, with the options checked at once
+    and not at the first call. family: name of a model family (``li-compile families``), over the config's.
+    Raises ConfigError for what is neither module nor function, and for an unknown family.
+    """
+    if not callable(model) or isinstance(model, type):
+        raise ConfigError(f"{type(model).__name__} is neither a module nor a function; give its transformer, or a "
+                          "function that denoises a chunk (pipelines are not taken apart yet)")
+    config = Config() if config is None else config
+    if family is not None:
+        config = dataclasses.replace(config, family=family)
+    family_of(config)
+    return Compiled(model, config)

@@ -1,0 +1,102 @@
+"""``li_compile.explain``: what would be rewritten, without compiling or running anything of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from li_compile import _compat, patterns
+from li_compile.config import Config
+from li_compile.patterns.graph import hint, placeholders, value
+from li_compile.pipeline import Facts, build, canonical, match, report_of
+from li_compile.report import Report
+
+
+def explain(fn: Callable[..., Any], *args: Any, config: Config | None = None, **kwargs: Any) -> Report:
+    """Trace a function or module with these inputs and report what the compiler finds and would do.
+
+    fn: a transformer, one denoising step, or a whole chunk (context encoding and denoising loop). args, kwargs: inputs
+    as for a real call; their shapes matter, and their values only where fn branches on them. config: None: all
+    defaults (preset "all").
+
+    Graphs are traced and rewritten on fake tensors and no kernel of the model runs: behind each graph, its outputs are
+    zeros of the right shapes. Returns a Report: print it, or take ``to_dict()``; ``graphs`` has the
+    sites found, the misses with their reasons and source lines, and for each variant what every pass did and the
+    operations and bytes of its products. Where a graph breaks, ``breaks`` says so; each piece is reported on its own.
+    """
+    config = Config() if config is None else config
+    report = Report(config.to_options())
+    _trace(fn, args, kwargs, report, config)
+    frames = {f for g in report.graphs if (f := g.found.pop("_constant_context", None))}
+    if frames:
+        # The context length was a constant. As in a rollout, where lengths differ from chunk to chunk, make it dynamic.
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):
+                for dim in (i for i, size in enumerate(tensor.shape) if size in frames):
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        report.graphs.clear()
+        report.breaks.clear()
+        _trace(fn, args, kwargs, report, config)
+        for graph in report.graphs:
+            graph.found.pop("_constant_context", None)
+    return report
+
+
+def _trace(fn: Callable[..., Any], args: tuple, kwargs: dict, report: Report, config: Config) -> None:
+    def record(module, example_inputs):
+        fakes = [value(p) for p in placeholders(module.graph)]
+        facts = match(canonical(module, fakes), config)
+        graph = report_of(len(report.graphs), facts)
+        report.graphs.append(graph)
+        decode = [s for s in facts.sites if s.kind == "decode"]
+        if decode and isinstance(decode[0].frames(patterns.CONTEXT), int):
+            graph.found["_constant_context"] = decode[0].frames(patterns.CONTEXT)
+        for kept, reuse in _variants(facts, config):
+            mode, static = _static(facts, fakes, kept)
+            graph.variants.append(build(facts, config, static, mode, kept=kept, reuse=reuse)[1])
+        results = next(n for n in module.graph.nodes if n.op == "output").args[0]
+        return lambda *real: tuple(_zeros(value(r)) if isinstance(r, torch.fx.Node) else r for r in results)
+
+    torch._dynamo.reset()
+    try:
+        with torch.no_grad():
+            torch.compile(fn, backend=record)(*args, **kwargs)
+    finally:
+        torch._dynamo.reset()
+    report.breaks.extend(_compat.graph_breaks())
+
+
+def _variants(facts: Facts, config: Config) -> list[tuple[int | None, bool]]:
+    """The variants to show: nothing pruned or skipped, and the most that the options allow."""
+    reuse = facts.context is not None and facts.loop is not None and config.cache.enabled \
+        and facts.loop.steps >= config.cache.min_steps
+    if facts.context is None or not config.context.enabled:
+        return [(None, False), (None, True)] if reuse else [(None, False)]
+    c = config.context
+    given = hint(facts.sites and next(s for s in facts.sites if s.kind == "decode").frames(patterns.CONTEXT))
+    lengths = sorted({min(given, c.anchor_frames + c.temporal_frames), min(given, c.memory_frames)})
+    return [(lengths[0], False), (lengths[-1], True)] if reuse else [(n, False) for n in lengths]
+
+
+def _static(facts: Facts, fakes: list[Any], kept: int | None):
+    """Fake inputs of constant sizes, with the kept number of context frames."""
+    size = lambda x, name: kept if kept is not None and name in facts.context.sizes else hint(x)
+    shapes = []
+    for fake, node in zip(fakes, placeholders(facts.module.graph)):
+        if not isinstance(fake, torch.Tensor):
+            shapes.append(size(fake, node.name) if isinstance(fake, torch.SymInt) else fake)
+            continue
+        dims = [hint(d) for d in fake.shape]
+        if kept is not None and node.name in facts.context.inputs:
+            dims[facts.context.inputs[node.name]] = kept
+        shapes.append(torch.empty(dims, dtype=fake.dtype, device="meta"))
+    return _compat.static_fakes(shapes, [getattr(f, "device", None) for f in fakes])
+
+
+def _zeros(fake: Any) -> Any:
+    if not isinstance(fake, torch.Tensor):
+        return hint(fake) if isinstance(fake, torch.SymInt) else fake
+    return torch.zeros([hint(d) for d in fake.shape], dtype=fake.dtype, device=fake.device)
