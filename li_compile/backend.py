@@ -17,11 +17,13 @@ def light_interaction(gm, example_inputs: Sequence[Any], *, mode: str | None = N
     ``torch.compile(fn, backend="light_interaction", options={"preset": "all", "sparse.topk_ratio": 0.2})``; options as
     in :class:`li_compile.Config`, ``mode`` as for Inductor. Raises ConfigError for unknown options and modes.
     """
+    import torch
+
     from li_compile import _compat
     from li_compile.config import Config
     from li_compile.dispatch import Dispatcher
-    from li_compile.pipeline import canonical, digest, match, report_of
     from li_compile.patterns.graph import placeholders, value
+    from li_compile.pipeline import canonical, digest, match, report_of
     from li_compile.report import GraphReport
 
     config = Config.from_options(options or {})
@@ -34,7 +36,12 @@ def light_interaction(gm, example_inputs: Sequence[Any], *, mode: str | None = N
         return _compat.inductor(module, inputs, patches, key)
 
     report = last_report(new=config.to_options())
-    if not config.rewrites:
+    trained = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
+    if trained and config.rewrites:
+        warnings.warn(
+            "light_interaction leaves this graph to Inductor: gradients are on and inputs or weights require them, and the "
+            "rewrites are for inference. Call the model under torch.inference_mode() or torch.no_grad().", stacklevel=2)
+    if trained or not config.rewrites:
         report.graphs.append(GraphReport(len(report.graphs), len(gm.graph.nodes), {}, []))
         return lower(gm, example_inputs)
     # Dynamo's fake values, with symbolic sizes where it made them dynamic; the example inputs may be real tensors.

@@ -157,7 +157,7 @@ class Config:
     strict: raise where a rewrite fails or a pattern is ambiguous, instead of warning and leaving the graph alone.
     lowering: "inductor", or "eager" to run the rewritten graph as it is (for tests and debugging).
     inductor: options passed through to Inductor.
-    family: name of the model family; None: recognised from the modules that are loaded.
+    family: name of the model family (``li-compile families``); None: the matchers alone decide.
 
     Raises:
         ConfigError: an unknown key or preset (with the nearest names), a wrong type, a value out of range.

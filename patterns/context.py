@@ -65,7 +65,8 @@ def find_context(module: GraphModule, sites: list[AttentionSite],
     now = [p for p in named("current_w2c") or filter(_is_pose, tensors) if p.name not in inputs]
     now = [p for p in now if known(shape(p)[-3] == current)]
     if len(history) != 1 or len(now) != 1:
-        return refuse(f"camera poses: {len(history)} inputs [..., context frames, 4, 4] and {len(now)} inputs "
-                      f"[..., {current}, 4, 4] found, needed one of each; name them in a family's roles", site.node)
+        found = ", ".join(f"{p.name} of {hint(shape(p)[-3])}" for p in filter(_is_pose, tensors)) or "none"
+        return refuse(f"camera poses: needed one input [..., {hint(frames)} context frames, 4, 4] and one [..., {current}, "
+                      f"4, 4], found {found}; give one pose a latent, or name the inputs in a family's roles", site.node)
     return ContextConcat(inputs, sizes, history[0].name, now[0].name, sum(len(s.calls) for s in decode),
                          site.grid[0] * site.grid[1], current), []

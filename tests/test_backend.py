@@ -176,14 +176,16 @@ def test_different_numbers_of_context_frames(sampler, traced):
         traced.compile(preset="context")(*inputs)
 
 
-def test_different_numbers_of_context_frames_through_torch_compile(sampler):
-    fn = compiled(sampler, **TINY | {"preset": "context"})
+def test_a_graph_traced_with_too_few_poses_is_not_pruned(sampler):
+    """Dynamo makes a graph of its own for them; it computes what the model does, and the report names the input."""
+    inputs = world_inputs(sampler.model, 20)
+    inputs[9] = inputs[9][:, :16].clone()
     with torch.no_grad():
-        inputs = dynamic(world_inputs(sampler.model, 20))
-        fn(*inputs)
-        inputs[9] = inputs[9][:, :16].clone()
-        with pytest.raises(PoseError, match="context_latents_: 20.*context_w2c_: 16"):
-            fn(*inputs)
+        result = compiled(sampler, **TINY | {"preset": "context"})(*dynamic(inputs))
+        assert relative(result, sampler(*inputs)) <= 1e-5
+    (miss,) = [m for m in last_report().graphs[0].misses if m.pattern == "context"]
+    assert "needed one input [..., 20 context frames, 4, 4]" in miss.reason
+    assert "l_context_w2c_ of 16" in miss.reason and "give one pose a latent" in miss.reason
 
 
 @pytest.mark.parametrize("preset", ["context", "cache", "all"])
@@ -210,7 +212,8 @@ def test_poses_of_partial_chunks(sampler, traced):
 
 def test_a_batch_of_two(sampler):
     same, other = (world_inputs(sampler.model, 20, revisit=r, batch=2) for r in (True, False))
-    fn = Traced(sampler, *dynamic(world_inputs(sampler.model, 20, batch=2))).compile(preset="all")
+    traced = Traced(sampler, *dynamic(world_inputs(sampler.model, 20, batch=2)))
+    fn, context = traced.compile(preset="all"), traced.compile(preset="context")
     single = lambda inputs, i: [x[:, i:i + 1] if n in (5, 6) else x[i:i + 1] for n, x in enumerate(inputs)]
     with torch.no_grad(), Session() as session:
         fn(*same)
@@ -222,9 +225,8 @@ def test_a_batch_of_two(sampler):
     kept = [(chunk["context_kept"], chunk["reuse"]) for chunk in session.stats()["per_chunk"]]
     assert kept == [(12, True), (8, False), (20, False)]  # who disagrees shares the plan that computes most
     assert "samples of the batch differ" in session.stats()["per_chunk"][-1]["reason"]
-    context = Traced(sampler, *dynamic(world_inputs(sampler.model, 20, batch=2))).compile(preset="context")
     with torch.no_grad():
-        indices = plan_context(same[9][0], same[3][0], Config.from_options(TINY | {"preset": "context"})).indices
+        indices = plan_context(same[9][0], same[3][0], context.run.config).indices
         want = torch.cat([sampler(*keep(single(same, i), indices)) for i in range(2)])
         assert relative(context(*same), want) <= 1e-5
         assert relative(context(*mixed), sampler(*mixed)) <= 1e-5
@@ -280,10 +282,11 @@ def test_a_new_context_length_compiles_a_variant_and_no_graph(sampler):
     with torch.no_grad():
         fn(*dynamic(world_inputs(sampler.model, 20)))
         with torch._dynamo.config.patch(error_on_recompile=True):
-            for history in (4, 8, 12, 16, 20):
+            for history in (8, 12, 16, 20):  # 4 is a graph of its own: prefill and steps are then one region
                 fn(*world_inputs(sampler.model, history))
+                fn(*world_inputs(sampler.model, history, revisit=True))
     (graph,) = last_report().graphs
-    assert [v.kept for v in graph.variants] == [8, 4]
+    assert [v.kept for v in graph.variants] == [8, 12]
 
 
 @pytest.fixture

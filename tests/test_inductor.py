@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 def sampler(tiny_world):
     from examples.doom_world.model import ChunkSampler
 
-    return ChunkSampler(tiny_world(depth=2), steps=3)
+    return ChunkSampler(tiny_world(depth=1), steps=3)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,7 +29,7 @@ def results(sampler, cache_of_our_own):
     """Name -> output for 20 context frames, of which preset all keeps 12 and reuses steps."""
     inputs = world_inputs(sampler.model, 20, revisit=True)
     ours = {"backend": "light_interaction", "fullgraph": True}
-    options = {"strict": True, **{k: v for k, v in TINY.items() if k != "lowering"}}
+    options = {"sparse.skip_layers": 0, **{k: v for k, v in TINY.items() if k != "lowering"}}
     # The frames are a constant of the first two graphs: nothing is pruned there, and constants compile fastest.
     found = {"eager": sampler}
     found["inductor"] = torch.compile(sampler, dynamic=False, fullgraph=True)
