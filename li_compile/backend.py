@@ -22,6 +22,7 @@ def light_interaction(gm, example_inputs: Sequence[Any], *, mode: str | None = N
     from li_compile import _compat
     from li_compile.config import Config
     from li_compile.dispatch import Dispatcher
+    from li_compile.errors import LightInteractionError, RewriteError
     from li_compile.patterns.graph import placeholders, value
     from li_compile.pipeline import canonical, digest, match, report_of
     from li_compile.report import GraphReport
@@ -46,7 +47,16 @@ def light_interaction(gm, example_inputs: Sequence[Any], *, mode: str | None = N
         return lower(gm, example_inputs)
     # Dynamo's fake values, with symbolic sizes where it made them dynamic; the example inputs may be real tensors.
     fakes = [value(p) for p in placeholders(gm.graph)]
-    facts = match(canonical(gm, fakes), config)
+    try:
+        facts = match(canonical(gm, fakes), config)
+    except LightInteractionError:
+        raise
+    except Exception as error:
+        text = f"light_interaction could not read this graph and leaves it to Inductor: {type(error).__name__}: {error}"
+        if config.strict:
+            raise RewriteError(f"{text}. Report it with the graph, or compile without strict.") from error
+        warnings.warn(text, stacklevel=2)
+        return lower(gm, example_inputs)
     graph_report = report_of(len(report.graphs), facts)
     report.graphs.append(graph_report)
     if facts.empty:

@@ -112,3 +112,17 @@ def test_a_graph_that_is_trained_is_left_to_inductor(recwarn):
     compiled(torch.randn(2, 4))
     assert [w for w in recwarn if "torch.no_grad()" in str(w.message)]
     assert li_compile.last_report().graphs[-1].variants == []
+
+
+def test_a_graph_that_cannot_be_read_is_left_to_inductor_or_refused_under_strict(monkeypatch):
+    def broken(module, inputs):
+        raise KeyError("planted")
+
+    monkeypatch.setattr("li_compile.pipeline.canonical", broken)
+    layer, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="leaves it to Inductor: KeyError"):
+            got = torch.compile(layer, backend="light_interaction", options={"lowering": "eager"})(x)
+        torch.testing.assert_close(got, layer(x))
+        with pytest.raises(Exception, match="planted.*without strict"):
+            torch.compile(layer, backend="light_interaction", options={"lowering": "eager", "strict": True})(x)

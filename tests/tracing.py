@@ -74,7 +74,8 @@ class Compiled:
     def __init__(self, traced: Traced, options: dict):
         self.traced = traced
         last_report(new={"owner": id(self)})  # other options than any Config's, so that the next call starts anew
-        self.run = light_interaction(copy.deepcopy(traced.module), traced.fakes, options=options)
+        with torch.no_grad():
+            self.run = light_interaction(copy.deepcopy(traced.module), traced.fakes, options=options)
         self.report = last_report()
 
     def __call__(self, *inputs) -> torch.Tensor:
