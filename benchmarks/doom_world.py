@@ -67,6 +67,8 @@ def main(trajectory: str = "revisit", presets: str = "exact,context,sparse,cache
             return result
         return call
 
+    # All runs share one function's code, and each needs a few graphs of it.
+    torch._dynamo.config.recompile_limit = 64
     players = {n: play(model, timed(r), latents, film.w2c[: 4 * chunks], film.intrinsics, film.action[: 4 * chunks], forced)
                for n, r in runs.items()}
     done = {}

@@ -15,21 +15,27 @@ class DigestPass(CustomGraphPass):
     What was rewritten before Inductor is in the key anyway; the sources of our operators and lowerings are not.
     """
 
-    def __init__(self, digest: str) -> None:
-        self.digest = digest
+    def __init__(self, digest: str, inner: Any = None) -> None:
+        """inner: a pass that the user asked for in the same place; it runs, and its uuid counts too."""
+        self.digest, self.inner = digest, inner
 
     def __call__(self, graph: torch.fx.Graph) -> None:
-        return None
+        if self.inner is not None:
+            self.inner(graph)
 
-    def uuid(self) -> str:
-        return self.digest
+    def uuid(self) -> Any:
+        if self.inner is None:
+            return self.digest
+        inner = self.inner.uuid() if hasattr(self.inner, "uuid") else None
+        return None if inner is None else (self.digest, inner)  # None: Inductor does not cache
 
 
 def inductor(module: torch.fx.GraphModule, inputs: Sequence[Any], patches: dict[str, Any], digest: str) -> Callable:
     """Compile with Inductor (``compile_fx``, private but used by every backend; 2.11 to 2.14)."""
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(module, list(inputs), config_patches={"post_grad_custom_post_pass": DigestPass(digest), **patches})
+    place = "post_grad_custom_post_pass"
+    return compile_fx(module, list(inputs), config_patches={**patches, place: DigestPass(digest, patches.get(place))})
 
 
 def mode_patches(mode: str | None) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from li_compile import _compat
 from li_compile.config import Config
 from li_compile.errors import PoseError
+from li_compile.patterns import CONTEXT, Miss
 from li_compile.patterns.graph import placeholders
 from li_compile.pipeline import Facts, build
 from li_compile.policy import ChunkPlan, plan_context
@@ -39,6 +40,12 @@ class Dispatcher:
         self.prunes = context is not None and config.context.enabled
         self.reuses = context is not None and loop is not None and config.cache.enabled \
             and loop.steps >= config.cache.min_steps
+        if loop is not None and config.cache.enabled and loop.steps < config.cache.min_steps:
+            report.misses.append(Miss("cached steps", loop.calls[0][0].name, f"{loop.steps} denoising steps, reuse needs "
+                                      f"at least {config.cache.min_steps}: the first and the last are always computed"))
+        elif loop is not None and config.cache.enabled and context is None:
+            report.misses.append(Miss("cached steps", loop.calls[0][0].name, "no context with camera poses that could "
+                                      "say when the camera is back where it was"))
         if not self.prunes:
             for reuse in (False, True) if self.reuses else (False,):
                 self._add((None, reuse), inputs, fakes, _compat.fake_mode_of(fakes))
@@ -54,6 +61,7 @@ class Dispatcher:
         if run is None:
             run = self._compile_now(variant, args)
         session = Session.current()
+        plan = plan or self._unplanned()
         if session is None or plan is None:
             return run(*args)
         start = time.perf_counter()
@@ -62,6 +70,15 @@ class Dispatcher:
         calls = (2 if variant[1] else steps) if steps is not None else None
         session.record(plan, steps=steps, calls=calls, seconds=time.perf_counter() - start)
         return out
+
+    def _unplanned(self) -> ChunkPlan | None:
+        """What a session records of a chunk for which there was nothing to decide; None if the graph is no chunk."""
+        if self.facts.loop is None:
+            return None
+        frames = next((s.frames(CONTEXT) for s in self.facts.sites if s.kind == "decode"), 0)
+        if not isinstance(frames, int):
+            return None
+        return ChunkPlan(tuple(range(frames)), False, 0.0, {}, "nothing to decide in this graph", frames)
 
     def plan(self, args: Sequence[Any]) -> ChunkPlan:
         """The plan for these inputs; samples of a batch whose plans differ share the one that computes most."""

@@ -177,7 +177,8 @@ def _bypasses(outputs: list[Node], before: list[Node], after: list[Node], fresh:
     read = {n for n in ancestors([x for b in before for x in b.all_input_nodes]) if n not in inner}
     for node in joined:
         for operand in node.all_input_nodes:
-            if (operand in read or operand in fresh) and operand not in joined and operand not in outputs and _is_state(operand, outputs):
+            if (operand in read or operand in fresh) and operand not in joined and operand not in outputs \
+                    and _is_state(operand, outputs):
                 return True
     return False
 

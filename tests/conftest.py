@@ -31,11 +31,19 @@ def tiny_world():
     return make
 
 
-@pytest.fixture(scope="session", params=["regions", "unrolled"])
-def world(request, tiny_world):
+@pytest.fixture(scope="session")
+def traced_worlds():
+    """Filled by ``world``; a parametrised session fixture would be made anew whenever tests alternate between forms."""
+    return {}
+
+
+@pytest.fixture(params=["regions", "unrolled"])
+def world(request, tiny_world, traced_worlds):
     """The chunk function of the tiny world in both forms: (sampler, its graph with a dynamic number of context frames)."""
     from examples.doom_world.model import ChunkSampler
     from tracing import Traced, dynamic, world_inputs
 
-    sampler = ChunkSampler(tiny_world(regional=request.param == "regions"))
-    return sampler, Traced(sampler, *dynamic(world_inputs(sampler.model, 20)))
+    if request.param not in traced_worlds:
+        sampler = ChunkSampler(tiny_world(regional=request.param == "regions"), steps=3)
+        traced_worlds[request.param] = sampler, Traced(sampler, *dynamic(world_inputs(sampler.model, 20)))
+    return traced_worlds[request.param]

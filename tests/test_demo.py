@@ -151,8 +151,8 @@ def chunk(frames):
     """Arguments of a ChunkSampler of TINY with context of so many frames."""
     torch.manual_seed(1)
     poses = torch.eye(4).expand(1, frames + 4, 4, 4).contiguous()
-    text = torch.randn(2, 2, 1, 2, TINY.text_tokens, 16).unbind()
-    args = [torch.randn(1, 16, 4, 12, 16), torch.zeros(1, 17, 4, 12, 16), torch.zeros(1, 4, dtype=torch.int64), poses[:, :4],
+    text = [torch.randn(2, 1, 2, TINY.text_tokens, 16) for _ in range(2)]  # two storages: regions take no aliases
+    args = [torch.randn(1, 16, 4, 12, 16), torch.zeros(1, 17, 4, 12, 16), torch.zeros(1, 4, dtype=torch.int64), poses[:, :4].clone(),
             torch.eye(3)[None], *text]
     if frames:
         args += [torch.randn(1, 16, frames, 12, 16), torch.zeros(1, frames, dtype=torch.int64), poses[:, 4:].clone()]
@@ -170,17 +170,17 @@ def test_the_marker_hides_no_pattern(world):
 
         return read
 
-    plain, marked = model.ChunkSampler(world[0]), model.ChunkSampler(world[0], mark=True)
+    plain, marked = (model.ChunkSampler(world[0], steps=2, mark=mark) for mark in (False, True))
     args = chunk(8)
     for position, dim in ((7, 2), (8, 1), (9, 1)):
         torch._dynamo.mark_dynamic(args[position], dim)
     timing._marks.clear()
     outputs = [torch.compile(f, backend=backend(f.mark))(*args) for f in (plain, marked)]
     assert torch.equal(*outputs) and len(timing._marks) == 1
-    assert any(n.target is torch.ops.doom_world.mark.default for n in facts[True].module.graph.nodes)
+    assert any("doom_world.mark" in str(n.target) for n in facts[True].module.graph.nodes)
     read = lambda f: ([(s.kind, len(s.calls), s.grid, s.branches) for s in f.sites], f.loop.steps, f.loop.form,
                       list(f.context.inputs.values()), f.context.sites)
-    assert read(facts[True]) == read(facts[False]) and facts[True].loop.steps == 4
+    assert read(facts[True]) == read(facts[False]) and facts[True].loop.steps == 2
 
     marked(*chunk(0))
     assert len(timing._marks) == 1  # nothing to mark without context
@@ -220,7 +220,7 @@ def test_a_small_run(tmp_path, world):
     assert report["passes"]["cached_steps"] == 2
     text = console.export_text()
     for words in ("free-running, prefill", "teacher-forced, total", "peak memory", "PSNR, frames 8 to 15", "denoising calls",
-                  "What each pass did", "cached steps", "compiled the dense function"):
+                  "What each pass did", "cached steps", "free-running, dense, chunk 0 (0 context frames): compiled in", "played teacher-forced"):
         assert words in text, words
 
 

@@ -18,7 +18,7 @@ from li_compile.pipeline import canonical
 from li_compile.policy import plan_context
 
 PRESETS = ("off", "exact", "context", "sparse", "cache", "all")
-STEPS, DEPTH = 4, 2
+STEPS, DEPTH = 3, 2
 
 
 def regional(traced) -> bool:
@@ -74,10 +74,10 @@ def test_the_hand_written_chunk_is_the_model(world):
 
 
 # What each preset rewrites: (context frames kept, steps reused) -> counts, for 20 context frames of a revisited view.
-# 14 = modulations of 2 blocks in 4 steps and the prefill, and of the 4 outputs. Attention: all but the first layer's; as
+# Rows: the modulations of 2 blocks in 3 steps and the prefill, and of the 3 outputs. Attention: all but the first layer's; as
 # one flat graph the prefill's last attention is dead code and gone, in regions it is computed.
 def expected(preset: str, regional: bool) -> dict:
-    rows, decode, prefill = {"equal_rows": 14}, STEPS * (DEPTH - 1), (DEPTH - 1) * regional
+    rows, decode, prefill = {"equal_rows": DEPTH * (STEPS + 1) + STEPS}, STEPS * (DEPTH - 1), (DEPTH - 1) * regional
     sparse = {"sparse_attention": decode + prefill}
     context, cached = {"prune_context": STEPS * DEPTH}, {"cached_steps": STEPS - 2}
     return {
@@ -118,7 +118,7 @@ def test_pinned_counts_without_a_revisit(world):
 def test_dense_layers(world, skip_layers):
     sampler, traced = world
     compiled = traced.compile(preset="sparse", exact__enabled=False, sparse__skip_layers=skip_layers)
-    attended = {0: 9 + regional(traced), 1: 4 + regional(traced), 2: 0}[skip_layers]
+    attended = {0: 7 + regional(traced), 1: 3 + regional(traced), 2: 0}[skip_layers]
     (found,) = compiled.graph.variants
     assert found.counts() == {"sparse_attention": attended}
     assert ("skip_layers" in compiled.reasons) == (skip_layers > 0)
@@ -205,7 +205,7 @@ def test_cached_steps_are_the_two_step_loop(world):
     result = compiled(*inputs)
     assert relative(result, by_hand(sampler, inputs, reuse=True)) <= 1e-5
     assert relative(result, by_hand(sampler, inputs)) > 1e-3
-    assert variant(compiled, None, True).flops < 0.8 * variant(compiled, None, False).flops
+    assert variant(compiled, None, True).flops < 0.9 * variant(compiled, None, False).flops
     fresh = world_inputs(sampler.model, 20)
     assert relative(compiled(*fresh), by_hand(sampler, fresh)) <= 1e-5
 
@@ -272,9 +272,7 @@ def test_two_steps_of_the_world_are_both_computed(tiny_world):
     with torch.no_grad():
         assert relative(compiled(*inputs), sampler(*inputs)) <= 1e-5
     assert [v.reuse for v in compiled.graph.variants] == [False]
-    if not compiled.reasons:
-        pytest.xfail("the dispatcher leaves the part out without a reason in the report")
-    assert "2 denoising steps; reuse needs at least 3" in compiled.reasons
+    assert "2 denoising steps, reuse needs at least 3" in compiled.reasons
 
 
 def test_guidance_keeps_one_output_a_branch():

@@ -140,8 +140,8 @@ def test_chunk_function_of_the_world(world):
     sampler, traced = world
     loop = traced.facts().loop
     regional = any("invoke_subgraph" in str(n.target) for n in traced.module.graph.nodes)
-    check(loop, 4, "regions" if regional else "unrolled")
-    assert [o[0].meta["example_value"].numel() for o in loop.outputs] == [4 * 4 * 16] * 4
+    check(loop, 3, "regions" if regional else "unrolled")
+    assert [o[0].meta["example_value"].numel() for o in loop.outputs] == [4 * 4 * 16] * 3
     assert "unflatten" in str(loop.outputs[0][0].args[0]) and len(loop.calls[0]) == (9 if regional else 21)
 
 

@@ -88,28 +88,24 @@ def run(settings: Settings, console: Console | None = None,
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=2 * chunks * len(modes) + 2)
         for mode in modes:
-            runs[mode] = {"dense": Timed(functions["dense"]), "accelerated": Timed(functions["accelerated"], config)}
-            seen = runs[modes[0]]
-            players = [play(model, _shown(timed, name, mode, seen[name], progress, task), truth, trajectory.w2c.to(device),
-                            trajectory.intrinsics.to(device), trajectory.action.to(device), mode != "free-running",
-                            settings.seed, dtype) for name, timed in runs[mode].items()]
-            for latents in zip(*players, strict=True):
-                pass
-            videos[mode] = {name: codec.decode(x).cpu() for name, x in zip(runs[mode], latents)}
+            timed = runs[mode] = {"dense": Timed(functions["dense"]), "accelerated": Timed(functions["accelerated"], config)}
+            told = {name: _told(t, f"{mode}, {name}", mode == modes[0], progress, task) for name, t in timed.items()}
+            latents = _in_turn(model, told, trajectory, truth, mode == "teacher-forced", settings.seed, dtype)
+            played = ", ".join(f"{name} {sum(c.total for c in t.times):.0f} s" for name, t in timed.items())
+            progress.console.print(f"  played {mode}: {played}")
+            videos[mode] = {name: codec.decode(x).cpu() for name, x in latents.items()}
         memory = {}
         for name, function in functions.items():
             progress.update(task, description=f"{name}: measuring memory")
             with torch.no_grad():
                 memory[name] = peak_memory(function, runs[modes[-1]][name].longest)
             progress.advance(task)
-        progress.update(task, description="writing")
-        ceiling = codec.decode(truth).cpu()
 
     about = {"preset": settings.preset, "peer": peer, "device": _name(device), "dtype": str(dtype).removeprefix("torch."),
              "torch": torch.__version__, "threads": torch.get_num_threads(), "seed": settings.seed,
              "trajectory": trajectory.name, "level": trajectory.level, "chunks": chunks, "options": options}
     reference = frames.cpu() if sources.has_truth(trajectory) else None
-    report = summary.summarise(about, config, runs, videos, reference, ceiling, memory, last_report())
+    report = summary.summarise(about, config, runs, videos, reference, codec.decode(truth).cpu(), memory, last_report())
     report["files"] = _write(settings, trajectory, videos, report)
     report["seconds_in_all"] = time.monotonic() - began
     media.write_json(settings.out / "report.json", report)
@@ -120,22 +116,33 @@ def run(settings: Settings, console: Console | None = None,
     return report
 
 
-def _shown(timed: Timed, name: str, mode: str, first: Timed, progress: Progress, task: Any) -> Callable[..., Tensor]:
+def _in_turn(model: WorldModel, samplers: dict[str, Callable[..., Tensor]], trajectory: Trajectory, truth: Tensor,
+             teacher_forced: bool, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Play a trajectory with each sampler, a chunk of one and then a chunk of the other; name -> latents [T, C, H, W]."""
+    w2c, intrinsics, action = (x.to(truth.device) for x in (trajectory.w2c, trajectory.intrinsics, trajectory.action))
+    players = [play(model, sampler, truth, w2c, intrinsics, action, teacher_forced, seed, dtype)
+               for sampler in samplers.values()]
+    latents: tuple[Tensor, ...] = ()
+    for latents in zip(*players, strict=True):
+        pass
+    return dict(zip(samplers, latents))
+
+
+def _told(timed: Timed, what: str, compiles: bool, progress: Progress, task: Any) -> Callable[..., Tensor]:
     """The sampler, telling the progress bar before each chunk what is about to happen, and what compiling has cost."""
+    variants: set[Any] = set()
 
     def sampler(*args: Tensor) -> Tensor:
-        chunk, context = len(timed.times), context_of(args)
-        new = timed is first and _key(args, timed.config) not in variants
-        variants.add(_key(args, timed.config))
-        doing = f", compiling for {context} context frames" if new else ""
-        progress.update(task, description=f"{mode}, chunk {chunk}, {name}{doing}")
+        chunk, context, key = len(timed.times), context_of(args), _key(args, timed.config)
+        doing = f", compiling for {context} context frames" if compiles and key not in variants else ""
+        variants.add(key)
+        progress.update(task, description=f"{what}, chunk {chunk}{doing}")
         out = timed(*args)
         if (spent := timed.times[-1].compiling) > 0:
-            progress.console.print(f"  compiled the {name} function for chunk {chunk} ({context} context frames): {spent:.0f} s")
+            progress.console.print(f"  {what}, chunk {chunk} ({context} context frames): compiled in {spent:.0f} s")
         progress.advance(task)
         return out
 
-    variants: set[Any] = set()
     return sampler
 
 
