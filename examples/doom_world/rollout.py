@@ -70,11 +70,7 @@ def play(model: WorldModel, sampler: Callable[..., Tensor], truth: Tensor, w2c: 
         yield done
 
 
-def rollout(model: WorldModel, sampler: Callable[..., Tensor], truth: Tensor, w2c: Tensor, intrinsics: Tensor,
-            action: Tensor, teacher_forced: bool = False, seed: int = 0,
-            on_chunk: Callable[[int], None] | None = None, dtype: torch.dtype | None = None) -> Tensor:
-    """``play`` to the end: latents [T, C, H, W]. on_chunk(index) is called after each chunk."""
-    for c, done in enumerate(play(model, sampler, truth, w2c, intrinsics, action, teacher_forced, seed, dtype)):
-        if on_chunk is not None:
-            on_chunk(c)
+def rollout(*args, **options) -> Tensor:
+    """``play`` to the end, with the same arguments: latents [T, C, H, W]."""
+    *_, done = play(*args, **options)
     return done
