@@ -14,7 +14,7 @@ from li_compile.config import Config
 from li_compile.errors import PoseError
 from li_compile.patterns import CONTEXT, Miss
 from li_compile.patterns.graph import placeholders
-from li_compile.pipeline import Facts, build
+from li_compile.pipeline import Facts, build, can_reuse
 from li_compile.policy import ChunkPlan, plan_context
 from li_compile.report import GraphReport
 from li_compile.session import Session
@@ -38,8 +38,7 @@ class Dispatcher:
         self.compiled: dict[Variant, Callable] = {}
         context, loop = facts.context, facts.loop
         self.prunes = context is not None and config.context.enabled
-        self.reuses = context is not None and loop is not None and config.cache.enabled \
-            and loop.steps >= config.cache.min_steps
+        self.reuses = can_reuse(facts, config)
         if loop is not None and config.cache.enabled and loop.steps < config.cache.min_steps:
             report.misses.append(Miss("cached steps", loop.calls[0][0].name, f"{loop.steps} denoising steps, reuse needs "
                                       f"at least {config.cache.min_steps}: the first and the last are always computed"))

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from li_compile import _compat, patterns
 from li_compile.config import Config
 from li_compile.patterns.graph import hint, placeholders, value
-from li_compile.pipeline import Facts, build, canonical, match, report_of
+from li_compile.pipeline import Facts, build, can_reuse, canonical, match, report_of
 from li_compile.report import Report
 
 
@@ -71,8 +71,7 @@ def _trace(fn: Callable[..., Any], args: tuple, kwargs: dict, report: Report, co
 
 def _variants(facts: Facts, config: Config) -> list[tuple[int | None, bool]]:
     """The variants to show: nothing pruned or skipped, and the most that the options allow."""
-    reuse = facts.context is not None and facts.loop is not None and config.cache.enabled \
-        and facts.loop.steps >= config.cache.min_steps
+    reuse = can_reuse(facts, config)
     if facts.context is None or not config.context.enabled:
         return [(None, False), (None, True)] if reuse else [(None, False)]
     c = config.context

@@ -95,6 +95,12 @@ def match(module: GraphModule, config: Config) -> Facts:
     return Facts(module, sites, context, loop, [*misses, *why, *why_not])
 
 
+def can_reuse(facts: Facts, config: Config) -> bool:
+    """Whether a graph has a variant with cached steps: a loop long enough, and poses that say when to use it."""
+    return config.cache.enabled and facts.context is not None and facts.loop is not None \
+        and facts.loop.steps >= config.cache.min_steps
+
+
 def report_of(index: int, facts: Facts) -> GraphReport:
     """The matched half of a graph's report."""
     found: dict[str, Any] = {}
