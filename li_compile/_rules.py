@@ -52,6 +52,14 @@ def several(*rules: Rule) -> Rule:
     return Rule("(" + ", ".join(rule.allowed for rule in rules) + ")", parse)
 
 
+def listed(rule: Rule) -> Rule:
+    def parse(value: Any) -> tuple:
+        accept(isinstance(value, (tuple, list)) and len(value) > 0, value)
+        return tuple(rule.parse(item) for item in value)
+
+    return Rule(f"a tuple, each {rule.allowed}", parse)
+
+
 def optional(rule: Rule) -> Rule:
     return Rule(f"None or {rule.allowed}", lambda value: None if value is None else rule.parse(value))
 
@@ -59,6 +67,7 @@ def optional(rule: Rule) -> Rule:
 FLAG = Rule("True or False", lambda value: accept(isinstance(value, bool), value))
 RATIO = real(0, 1)
 SHARE = real(0, 1, above=True)
+RATIOS = listed(RATIO)
 NAME = Rule("a name (str)", lambda value: accept(isinstance(value, str) and value != "", value))
 
 

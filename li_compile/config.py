@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from li_compile._rules import FLAG, NAME, RATIO, SHARE, Rule, accept, integer, option, optional, real, several, validate
+from li_compile._rules import FLAG, NAME, RATIO, RATIOS, SHARE, Rule, accept, integer, option, optional, real, several, validate
 from li_compile.errors import ConfigError
 
 __all__ = ["PRESETS", "CacheConfig", "Config", "ContextConfig", "ExactConfig", "SparseConfig"]
@@ -71,6 +71,8 @@ class SparseConfig(_Section):
     min_context: latent frames kept in context from which attention is made sparse.
     skip_layers: leading layers left dense. 1 in the code; not in the paper.
     grid: rows and columns of tokens in one latent frame; None: found in the graph.
+    summary: blocks that are left out still take part, through the means of their keys and values.
+    head_ratios: one ratio a head in place of topk_ratio, where heads need budgets of their own; None: the same for all.
     """
 
     section: ClassVar[str] = "sparse"
@@ -83,6 +85,8 @@ class SparseConfig(_Section):
     min_context: int = option(8, integer(0))
     skip_layers: int = option(1, integer(0))
     grid: tuple[int, int] | None = option(None, optional(several(integer(1), integer(1))))
+    summary: bool = option(False, FLAG)
+    head_ratios: tuple[float, ...] | None = option(None, optional(RATIOS))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -21,6 +21,7 @@ from li_compile.passes.cached_steps import cached_steps
 from li_compile.passes.cost import cost
 from li_compile.passes.equal_rows import equal_rows
 from li_compile.passes.normalize import normalize
+from li_compile.passes.pack_context import pack_context
 from li_compile.passes.propagate import propagate, tidy
 from li_compile.passes.prune_context import prune_context
 from li_compile.passes.record import Record
@@ -153,9 +154,11 @@ def build(facts: Facts, config: Config, inputs: Sequence[Any], mode, *, kept: in
         apply("sparse_attention", lambda m: sparse_attention(
             m, patterns.find_attention(m, s.grid or _grid(facts))[0], topk_ratio=s.topk_ratio,
             prefill_ratio=s.prefill_ratio, tile=s.tile, block_size=s.block_size, sub_blocks=s.sub_blocks,
-            min_context=s.min_context, skip_layers=s.skip_layers))
+            min_context=s.min_context, skip_layers=s.skip_layers, summary=s.summary, head_ratios=s.head_ratios))
     if reuse:
         apply("cached_steps", lambda m: _cached(m, config.cache.min_steps))
+    if config.sparse.enabled:
+        apply("pack_context", pack_context)
     flops, moved = cost(module)
     return module, VariantReport(kept, reuse, records, flops, moved)
 

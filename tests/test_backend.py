@@ -298,7 +298,7 @@ def digest():
 
 CHANGED = {"strict": True, "lowering": "eager", "inductor": {"max_autotune": True}, "family": "doom_world",
            "exact.enabled": False, "sparse.enabled": False, "sparse.topk_ratio": 0.2, "sparse.prefill_ratio": 0.2,
-           "sparse.tile": (2, 8, 4), "sparse.block_size": 32, "sparse.sub_blocks": 2, "sparse.min_context": 4,
+           "sparse.tile": (2, 8, 4), "sparse.block_size": 32, "sparse.sub_blocks": 2, "sparse.min_context": 4, "sparse.summary": True, "sparse.head_ratios": (0.5, 0.25),
            "sparse.skip_layers": 2, "sparse.grid": (12, 16), "context.enabled": False, "context.memory_frames": 16,
            "context.temporal_frames": 8, "context.anchor_frames": 0, "context.chunk_frames": 2, "context.threshold": 0.5,
            "context.fov": (90, 70), "context.radius": 4.0, "cache.enabled": False, "cache.threshold": 0.5,
@@ -355,7 +355,7 @@ def test_a_failing_pass_leaves_the_graph_as_it_was(sampler, traced, monkeypatch,
     inputs = world_inputs(sampler.model, 20)
     with torch.no_grad():
         assert relative(fn(*inputs), sampler(*inputs)) <= 1e-5
-    assert fn.report.counts() == {name: 0} and "made to fail" in fn.reasons
+    assert set(fn.report.counts().values()) == {0} and name in fn.report.counts() and "made to fail" in fn.reasons
 
 
 def test_a_pass_that_leaves_a_broken_graph_is_undone(sampler, traced, monkeypatch):

@@ -186,6 +186,18 @@ def test_the_marker_hides_no_pattern(world):
     assert len(timing._marks) == 1  # nothing to mark without context
 
 
+@torch.no_grad()
+def test_a_model_in_bfloat16(world):
+    """As on a GPU: without autocast, every layer gets its weights' dtype, and the state stays in it."""
+    args = chunk(8)
+    full = model.ChunkSampler(world[0], steps=2)(*args)
+    half = world[0].bfloat16()
+    given = [x.bfloat16() if i in (0, 1, 5, 6, 7) else x for i, x in enumerate(args)]  # cameras and labels stay as they are
+    rounded = model.ChunkSampler(half, steps=2)(*given)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded.float() - full).norm() / full.norm() < 2e-2
+
+
 def test_marker_and_memory():
     torch.library.opcheck(torch.ops.doom_world.mark.default, ([torch.randn(3)], torch.randn(2, 2)))
     x = torch.randn(512, 512)

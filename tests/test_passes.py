@@ -10,10 +10,17 @@ import torch
 from torch import nn
 from tracing import Traced, dynamic, keep, relative, world_inputs
 
+from li_compile import _compat
 from li_compile.kernels.sparse_attention import CONTEXT, CURRENT, TEXT
 from li_compile.passes.cached_steps import cached_steps
 from li_compile.passes.equal_rows import equal_rows
 from li_compile.passes.normalize import normalize
+from li_compile.passes.pack_context import pack_context
+from li_compile.passes.propagate import propagate, tidy
+from li_compile.passes.prune_context import prune_context
+from li_compile.passes.sparse_attention import sparse_attention
+from li_compile.patterns import find_attention
+from li_compile.patterns.graph import placeholders, subgraphs
 from li_compile.pipeline import canonical
 from li_compile.policy import plan_context
 
@@ -78,7 +85,8 @@ def test_the_hand_written_chunk_is_the_model(world):
 # one flat graph the prefill's last attention is dead code and gone, in regions it is computed.
 def expected(preset: str, regional: bool) -> dict:
     rows, decode, prefill = {"equal_rows": DEPTH * (STEPS + 1) + STEPS}, STEPS * (DEPTH - 1), (DEPTH - 1) * regional
-    sparse = {"sparse_attention": decode + prefill}
+    # A context whose length is dynamic is packed where it is read; with cached steps two steps are left to read it.
+    sparse, packed = {"sparse_attention": decode + prefill, "pack_context": 0}, {"pack_context": 2 * (DEPTH - 1)}
     context, cached = {"prune_context": STEPS * DEPTH}, {"cached_steps": STEPS - 2}
     return {
         "off": {},
@@ -86,7 +94,7 @@ def expected(preset: str, regional: bool) -> dict:
         "context": {(12, False): context | rows},
         "sparse": {(None, False): rows | sparse},
         "cache": {(None, False): rows, (None, True): rows | cached},
-        "all": {(12, True): context | rows | sparse | cached},
+        "all": {(12, True): context | rows | sparse | cached | packed},
     }[preset]
 
 
@@ -111,7 +119,8 @@ def test_pinned_counts_without_a_revisit(world):
     compiled(*world_inputs(sampler.model, 20))
     compiled(*world_inputs(sampler.model, 8))  # nothing to prune: the same variant, with all frames
     counts = variant(compiled, 8, False).counts()
-    assert counts == {k: v for k, v in expected("all", regional(traced))[12, True].items() if k != "cached_steps"}
+    want = {k: v for k, v in expected("all", regional(traced))[12, True].items() if k != "cached_steps"}
+    assert counts == want | {"pack_context": STEPS * (DEPTH - 1)}
 
 
 @pytest.mark.parametrize("skip_layers", [0, 1, 2])
@@ -120,7 +129,8 @@ def test_dense_layers(world, skip_layers):
     compiled = traced.compile(preset="sparse", exact__enabled=False, sparse__skip_layers=skip_layers)
     attended = {0: 7 + regional(traced), 1: 3 + regional(traced), 2: 0}[skip_layers]
     (found,) = compiled.graph.variants
-    assert found.counts() == {"sparse_attention": attended}
+    assert found.counts() == {"sparse_attention": attended, "pack_context": 0}
+    assert ("is not known when compiling" in compiled.reasons) == (skip_layers < 2)
     assert ("skip_layers" in compiled.reasons) == (skip_layers > 0)
 
 
@@ -196,6 +206,71 @@ def test_sparse_attention_is_the_operator_by_hand(world):
     result = traced.compile(preset="sparse")(*inputs)
     assert relative(result, by_hand(sampler, inputs, sparse=(0.175, 0.30))) <= 1e-5
     assert relative(result, by_hand(sampler, inputs)) > 1e-3
+
+
+def packed_variant(traced, inputs, **options):
+    """Variant of preset all for these inputs, with its context packed once."""
+    compiled = traced.compile(preset="all", cache__enabled=False, **options)
+    return compiled, compiled(*inputs)
+
+
+def operators(module):
+    return [str(n.target) for g in (module, *subgraphs(module).values()) for n in g.graph.nodes if str(n.target).startswith("li.")]
+
+
+def pruned(world, frames):
+    """The canonical graph with so many context frames, a constant."""
+    sampler, traced = world
+    facts = traced.facts()
+    mode, fakes = _compat.static_fakes(traced.arguments(*world_inputs(sampler.model, frames)))
+    module = copy.deepcopy(facts.module)
+    prune_context(module, facts.context, frames)
+    tidy(module)
+    propagate(module, fakes, mode)
+    return module
+
+
+def test_context_is_packed_once_for_all_steps(world):
+    """As many packed contexts as layers, made outside the regions; no region is handed keys that it does not read."""
+    module = pruned(world, 12)
+    assert operators(module) == [] and pack_context(module).count == 0
+    sparse_attention(module, find_attention(module)[0], topk_ratio=0.2, prefill_ratio=0.3, tile=(4, 2, 2), block_size=16, sub_blocks=1,
+                     min_context=4, skip_layers=0)  # fmt: skip
+    tidy(module)
+    record = pack_context(module)
+    tidy(module)
+    assert record.count == STEPS * DEPTH and not record.misses
+    assert record.details == [f"{STEPS * DEPTH} attention calls share {DEPTH} packed contexts"]
+    packs = [n for n in module.graph.nodes if str(n.target) == "li.pack_context.default"]
+    assert len(packs) == DEPTH == operators(module).count("li.pack_context.default"), "outside of regions"
+    for sub in subgraphs(module).values():
+        assert all(p.users for p in placeholders(sub.graph))
+    assert pack_context(module).count == 0, "idempotent"
+
+
+def test_packed_context_changes_no_number(world):
+    sampler, traced = world
+    inputs = world_inputs(sampler.model, 20, revisit=True)
+    compiled, result = packed_variant(traced, inputs)
+    assert variant(compiled, 12, False).counts()["pack_context"] == STEPS * (DEPTH - 1)
+    plan = plan_context(inputs[9][0], inputs[3][0], compiled.run.config)
+    want = by_hand(sampler, inputs, indices=plan.indices, sparse=(0.175, 0.30))
+    assert relative(result, want) <= 1e-5
+
+
+def test_summaries_and_head_ratios_reach_the_operator(world):
+    """More of the context for every head gives what a higher ratio for all gives; summaries change the result."""
+    sampler, traced = world
+    inputs = world_inputs(sampler.model, 20, revisit=True)
+    heads = sampler.model.config.heads
+    _, plain = packed_variant(traced, inputs)
+    _, wide = packed_variant(traced, inputs, sparse__topk_ratio=0.5)
+    _, each = packed_variant(traced, inputs, sparse__head_ratios=(0.5,) * heads)
+    assert relative(each, wide) <= 1e-6 and relative(plain, wide) > 1e-4
+    _, whole = packed_variant(traced, inputs, sparse__summary=True)
+    assert relative(whole, plain) > 1e-4
+    compiled, _ = packed_variant(traced, inputs, sparse__head_ratios=(0.5,) * (heads + 1))
+    assert f"sparse.head_ratios has {heads + 1} ratios, and here are {heads} heads" in compiled.reasons
 
 
 def test_cached_steps_are_the_two_step_loop(world):
