@@ -267,14 +267,22 @@ def operator_level(x: Inputs, device: str) -> dict[str, Variant]:
     return variants
 
 
-def event_times(run: Callable, times: int) -> float:
+def event_times(run: Callable, at_least: float = 200.0) -> float:
+    """Median milliseconds of calls that go on for so many, the first half uncounted: a GPU's clock follows the power of the
+    last tens of milliseconds, and a short burst would be timed at a clock that no long run keeps."""
+    first = _events(run, 2)
+    times = max(6, min(400, int(at_least / max(first[-1], 1e-3))))
+    return statistics.median(_events(run, times)[times // 2 :])
+
+
+def _events(run: Callable, times: int) -> list[float]:
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
     marks[0].record()
     for mark in marks[1:]:
         run()
         mark.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:]))
+    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
 
 
 def measure(variants: dict[str, Variant], x: Inputs, rounds: int, clock, graphs: bool) -> list[dict]:
@@ -287,7 +295,7 @@ def measure(variants: dict[str, Variant], x: Inputs, rounds: int, clock, graphs:
     for turn in range(rounds + 1):
         for name, run in list(runs.items())[:: 1 if turn % 2 else -1]:
             if x.q.device.type == "cuda":
-                took = event_times(run, 8)
+                took = event_times(run)
             else:
                 start = clock()
                 run()

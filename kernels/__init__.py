@@ -6,7 +6,7 @@ Knows neither graphs nor models; imports PyTorch, and Triton only when a Triton 
 if __name__ == "kernels":
     raise ImportError("import li_compile.kernels instead")
 
-from .block_sparse import block_sparse_attention
+from .block_sparse import block_sparse_attention, expected_provider
 from .pack import Encoding, pack, pack_
 from .plan import Density, density
 from .problem import Problem
@@ -22,6 +22,7 @@ __all__ = [
     "block_sparse_attention",
     "choose_blocks",
     "density",
+    "expected_provider",
     "explain_provider",
     "pack",
     "pack_",

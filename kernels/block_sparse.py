@@ -8,7 +8,7 @@ from . import block_sparse_cpu, block_sparse_hopper, block_sparse_reference, blo
 from .problem import Problem
 from .providers import Provider, register_provider, select_provider
 
-__all__ = ["attend", "block_sparse_attention"]
+__all__ = ["attend", "block_sparse_attention", "expected_provider"]
 
 NAME = "block_sparse_attention"
 # In order of preference. Where Triton interprets, it takes CPU tensors too, but only when asked for by name, since the
@@ -69,3 +69,9 @@ def attend(problem: Problem):
     problem.check()
     provider, _ = select_provider(NAME, problem)
     return provider.run(problem)
+
+
+def expected_provider(q: torch.Tensor, block_size: int) -> tuple[str, str]:
+    """``(name, reason)`` of the provider that queries like these will get; q may be a fake tensor. For reports."""
+    provider, reason = select_provider(NAME, Problem(q, q, q, q, q, q, block_size, 1.0))
+    return provider.name, reason

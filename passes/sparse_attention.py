@@ -16,10 +16,10 @@ import copy
 import torch
 from torch.fx import GraphModule, Node
 
-import li_compile.kernels  # noqa: F401  (registers li::sparse_attention)
+from li_compile.kernels import expected_provider  # the import also registers li::sparse_attention
 from li_compile.patterns import CONTEXT, CURRENT, AttentionSite, Miss
 from li_compile.patterns.attention import ROLE_NAMES
-from li_compile.patterns.graph import shape, source_line
+from li_compile.patterns.graph import shape, source_line, value
 
 from .record import Record
 
@@ -52,7 +52,8 @@ def sparse_attention(module: GraphModule, sites: list[AttentionSite], *, topk_ra
         _rewrite(owner, node, site, settings, list(head_ratios or ()) if site.kind == "decode" else [])
         record.count += len(chosen)
         kinds = " | ".join(f"{ROLE_NAMES[s.role]} {s.length}" for s in site.segments)
-        record.details.append(f"{site.kind}: {len(chosen)} x [{kinds}], {site.branches} branches")
+        kernel, why = expected_provider(value(site.query), block_size)
+        record.details.append(f"{site.kind}: {len(chosen)} x [{kinds}], {site.branches} branches, kernel {kernel} ({why})")
     return record
 
 

@@ -134,6 +134,12 @@ def test_dense_layers(world, skip_layers):
     assert ("skip_layers" in compiled.reasons) == (skip_layers > 0)
 
 
+def test_the_report_says_which_kernel_and_why(world):
+    _, traced = world
+    record = next(r for v in traced.compile(preset="sparse").graph.variants for r in v.records if r.name == "sparse_attention")
+    assert all("kernel cpu (preferred for these arguments)" in line for line in record.details) and record.details
+
+
 def test_short_context_stays_dense(world):
     sampler, traced = world
     compiled = traced.compile(preset="all", sparse__min_context=16)
