@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -55,6 +57,15 @@ class Session:
         """Forget the poses and the records, as for a new video."""
         self._poses = torch.empty(0, 4, 4, dtype=torch.float64)
         self._records: list[_Record] = []
+        self._memories: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+        self._latest: Any = None
+
+    def memory(self, loop: Any, make: Callable[[], Any]) -> Any:
+        """What this rollout remembers of a compiled loop; of all others it forgets, since they come between."""
+        if self._latest is None or self._latest() is not loop:
+            self._memories.clear()
+            self._latest = weakref.ref(loop)
+        return self._memories.setdefault(loop, make())
 
     @property
     def poses(self) -> torch.Tensor:
@@ -99,7 +110,7 @@ class Session:
             info: anything else to find again in ``stats()["per_chunk"]``, such as seconds.
         """
         if calls is None and steps is not None:
-            calls = 2 if plan.reuse and steps >= self.config.cache.min_steps else steps
+            calls = steps - len(self.config.cache.skipped(steps)) if plan.reuse else steps
         self._records.append(_Record(plan, steps, calls, info))
 
     def stats(self) -> dict[str, Any]:
@@ -120,7 +131,7 @@ class Session:
             "calls_possible": sum(r.steps for r in records) if known else None,
             "per_chunk": [
                 {
-                    **r.info,
+                    **{k: v.item() if isinstance(v, torch.Tensor) else v for k, v in r.info.items()},
                     "context_kept": len(r.plan.indices),
                     "context_possible": r.plan.history,
                     "reuse": r.plan.reuse,

@@ -49,8 +49,8 @@ def propagate(module: GraphModule, inputs: Sequence, mode) -> None:
 
 def tidy(module: GraphModule) -> None:
     """Remove dead nodes and regions that are no longer called; check and recompile the graph."""
+    from li_compile.patterns.effects import RANDOM, WRITES
     from li_compile.patterns.graph import name_of, subgraphs
-    from li_compile.patterns.loop import RANDOM, WRITES
 
     kept = ("placeholder", "output")
     for graph_module in (module, *subgraphs(module).values()):

@@ -4,9 +4,10 @@ Dynamo unrolls the Python loop, so that the graph holds N copies of the model, f
 
     v0 = model(x0, t0);  x1 = x0 + v0 * d0;  v1 = model(x1, t1);  x2 = x1 + v1 * d1;  ...
 
-Found without any mark: the operators that read weights, in graph order, end in a run of equal pieces. What makes it a
-denoising loop and not, say, a shared layer applied N times: the calls differ in something besides the state (the time),
-and the state, or fresh noise in its place, also reaches the next call around the model.
+Found without any mark: the operators that read weights, in graph order, hold a run of equal pieces (loop_calls.py). What
+makes it a denoising loop and not, say, a shared layer applied N times: the calls differ in something besides the state
+(the time), and the state, or fresh noise in its place, also reaches the next call around the model. The calls are then
+folded into one (loop_body.py), and the scheduler's arithmetic between them is read (loop_update.py).
 """
 
 from __future__ import annotations
@@ -16,81 +17,31 @@ import dataclasses
 import torch
 from torch.fx import GraphModule, Node
 
-from .graph import (CONV, LINEAR, REGION, SDPA, SHAPE_ONLY, Miss, ancestors, calls, descendants, name_of,
-                    placeholders, shape, source_line, subgraphs, through_shapes)
-
-RANDOM = {"rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "dropout", "bernoulli", "multinomial",
-          "normal", "normal_", "uniform_", "native_dropout"}
-# Operators that read no more of their first operand than its shape.
-VALUE_FREE = {"full_like", "zeros_like", "ones_like", "rand_like", "randn_like", "new_full", "new_zeros", "new_ones"}
-WRITES = {"setitem", "copy_", "index_copy_", "scatter_", "index_put_", "add_", "mul_", "fill_", "zero_"}
+from .effects import RANDOM, VALUE_FREE, effect, target, writes_own
+from .graph import REGION, SHAPE_ONLY, Miss, ancestors, descendants, name_of, shape, source_line
+from .loop_body import Body, find_body
+from .loop_calls import find_runs
+from .loop_update import Updates, read_updates
 
 
 @dataclasses.dataclass
 class DenoisingLoop:
-    """calls[i]: anchors (operators with weights) of step i; outputs[i]: what leaves step i, in corresponding order."""
+    """calls[i]: anchors (operators with weights) of step i; outputs[i]: what leaves step i, in corresponding order.
+
+    branches: independent calls of the model a step (2 with sequential guidance). body: the call, folded from all
+    branches x steps copies of it, or a Miss that says where they differ. updates: the scheduler's arithmetic.
+    """
 
     calls: list[list[Node]]
     outputs: list[list[Node]]
     form: str  # "unrolled" or "regions"
+    branches: int
+    body: Body | Miss
+    updates: Updates
 
     @property
     def steps(self) -> int:
         return len(self.calls)
-
-
-def region_weights(sub: GraphModule) -> list[int]:
-    """Positions of a region's placeholders that are read as weights."""
-    weights = set()
-    for node in sub.graph.nodes:
-        if calls(node, LINEAR | CONV):
-            weights.add(through_shapes(node.args[1]))
-        elif node.target is REGION:
-            inner = region_weights(getattr(sub, node.args[0].target))
-            weights |= {through_shapes(node.args[2 + i]) for i in inner if isinstance(node.args[2 + i], Node)}
-    return [i for i, p in enumerate(placeholders(sub.graph)) if p in weights]
-
-
-def _label(module: GraphModule, node: Node, weights: dict[str, list[int]]) -> tuple | None:
-    """What a node is, up to its position in the loop: equal for corresponding nodes of two steps."""
-    if calls(node, LINEAR | CONV):
-        return name_of(node), through_shapes(node.args[1]).name, str(shape(node))
-    if calls(node, SDPA):
-        return "attention", str(shape(node.args[0])), str(shape(node.args[1]))
-    if node.target is REGION:
-        operands = node.args[2:]
-        names = tuple(through_shapes(operands[i]).name for i in weights[node.args[0].target])
-        return ("region", names, len(operands))
-    return None
-
-
-def _repeated_tail(labels: list[tuple]) -> tuple[int, int] | None:
-    """(period, count) of the longest tail made of count >= 2 equal pieces; the most pieces win."""
-    best = None
-    for period in range(1, len(labels) // 2 + 1):
-        count = 1
-        while (count + 1) * period <= len(labels) and \
-                labels[-(count + 1) * period:-count * period] == labels[-period:]:
-            count += 1
-        # A piece that is itself a run of equal pieces (blocks without weights of their own) has a smaller period.
-        if count >= 2 and (best is None or period * count > best[0] * best[1]):
-            best = period, count
-    return best
-
-
-def _outputs(anchors: list[Node], order: dict[Node, int], end: int) -> list[Node]:
-    """Nodes computed by one step (its anchors, what lies between them, reshapes behind them) that are used elsewhere."""
-    behind, before = descendants(anchors), set(ancestors(anchors))
-    inside = set(anchors) | (behind & before)
-    grown = True
-    while grown:
-        grown = False
-        for node in sorted(behind - inside, key=order.get):
-            if order[node] < end and name_of(node) in SHAPE_ONLY and len(node.all_input_nodes) == 1 \
-                    and node.all_input_nodes[0] in inside:
-                inside.add(node)
-                grown = True
-    return sorted((n for n in inside if any(u not in inside for u in n.users)), key=order.get)
 
 
 def find_loop(module: GraphModule) -> tuple[DenoisingLoop | None, list[Miss]]:
@@ -99,36 +50,35 @@ def find_loop(module: GraphModule) -> tuple[DenoisingLoop | None, list[Miss]]:
     With classifier-free guidance the model is called twice a step: pieces that do not depend on one another are tried
     in groups of two and more.
     """
-    nodes = list(module.graph.nodes)
-    weights = {name: region_weights(sub) for name, sub in subgraphs(module).items()}
-    labelled = [(n, label) for n in nodes if (label := _label(module, n, weights)) is not None]
-    tail = _repeated_tail([label for _, label in labelled])
-    if tail is None:
-        return None, [Miss("denoising loop", "graph", "no model is called more than once at the end of the graph; "
-                           "compile the whole sampling loop as one function")]
-    period, count = tail
-    anchors = [node for node, _ in labelled[-period * count:]]
-    first = None
-    for group in (g for g in range(1, count // 2 + 1) if count % g == 0):
-        size = period * group
-        read = _read_loop(nodes, [anchors[i:i + size] for i in range(0, len(anchors), size)])
-        if isinstance(read, DenoisingLoop):
-            return read, []
-        first = first or read
-    return None, [first]
+    nodes, first = list(module.graph.nodes), None
+    for pieces in find_runs(module):
+        for branches in (g for g in range(1, len(pieces) // 2 + 1) if len(pieces) % g == 0):
+            steps = [sum(pieces[i:i + branches], []) for i in range(0, len(pieces), branches)]
+            read = _read_loop(nodes, steps, branches)
+            if isinstance(read, DenoisingLoop):
+                return read, []
+            first = first or read
+    return None, [first or Miss("denoising loop", "graph", "no model is called more than once in this graph; compile "
+                                "the whole sampling loop as one function, or call the model inside a Session's chunk")]
 
 
-def _read_loop(nodes: list[Node], steps: list[list[Node]]) -> DenoisingLoop | Miss:
+def _read_loop(nodes: list[Node], steps: list[list[Node]], branches: int) -> DenoisingLoop | Miss:
     refuse = lambda reason, node: Miss("denoising loop", node.name, reason, source_line(node))
     order = {n: i for i, n in enumerate(nodes)}
     ends = [order[s[0]] for s in steps[1:]] + [len(nodes)]
     outputs = [_outputs(s, order, end) for s, end in zip(steps, ends)]
+    body, own = None, set()
     for i, (step, out) in enumerate(zip(steps, outputs)):
         if not out or [(name_of(n), str(shape(n))) for n in out] != [(name_of(n), str(shape(n))) for n in outputs[0]]:
             return refuse(f"call {i} of the repeated model hands on other values than call 0", step[0])
         for node in nodes[order[step[0]]:order[step[-1]] + 1]:
-            if (effect := _effect(node)) is not None:
-                return refuse(f"the model draws random numbers or writes in place ({effect})", node)
+            if (what := effect(node)) is None:
+                continue
+            if body is None and writes_own(node):  # into what the call made for itself, if the folded call holds it
+                body = _fold(steps, outputs, branches)
+                own = {n for k in body.nodes for n in k} if isinstance(body, Body) else set()
+            if node not in own:
+                return refuse(f"the model draws random numbers or writes in place ({what})", node)
     numbers, free = _value_numbers(nodes), lambda n: name_of(n) in VALUE_FREE
     for i in range(1, len(steps)):
         if not set(outputs[i - 1]) & set(ancestors(steps[i])):
@@ -143,15 +93,37 @@ def _read_loop(nodes: list[Node], steps: list[list[Node]]) -> DenoisingLoop | Mi
             return refuse("the state reaches the next call only through the model: repeated layers, no denoising loop",
                           steps[i][0])
     form = "regions" if any(n.target is REGION for s in steps for n in s) else "unrolled"
-    return DenoisingLoop(steps, outputs, form)
+    body = body or _fold(steps, outputs, branches)
+    return DenoisingLoop(steps, outputs, form, branches, body, read_updates(nodes, outputs, body))
 
 
-def _effect(node: Node) -> str | None:
-    """Name of the first operator with an effect at a node or, where it calls a region, inside."""
-    if node.target is REGION:
-        sub = getattr(node.graph.owning_module, node.args[0].target)
-        return next((e for n in sub.graph.nodes if (e := _effect(n)) is not None), None)
-    return name_of(node) if name_of(node) in RANDOM | WRITES else None
+def _fold(steps: list[list[Node]], outputs: list[list[Node]], branches: int) -> Body | Miss:
+    """The body of one call: of all branches alike or, where these differ, of a step with all of its branches."""
+    if branches > 1 and all(len(o) % branches == 0 for o in outputs):
+        size, each = len(steps[0]) // branches, len(outputs[0]) // branches
+        calls = [s[i:i + size] for s in steps for i in range(0, len(s), size)]
+        out = [o[i:i + each] for o in outputs for i in range(0, len(o), each)]
+        if isinstance(body := find_body(calls, out), Body):
+            return body
+    return find_body(steps, outputs)
+
+
+def _outputs(anchors: list[Node], order: dict[Node, int], end: int) -> list[Node]:
+    """Nodes computed by one step (its anchors, what lies between them, reshapes behind them) that are used elsewhere."""
+    behind, before = descendants(anchors), set(ancestors(anchors))
+    inside = set(anchors) | (behind & before)
+    for node in sorted((n for n in behind - inside if order[n] < order[anchors[-1]] and writes_own(n)), key=order.get):
+        if target(node) in before:  # no edge leads from here to who reads what it wrote
+            inside |= {node} | (behind & set(ancestors([node])))
+    grown = True
+    while grown:
+        grown = False
+        for node in sorted(behind - inside, key=order.get):
+            if order[node] < end and name_of(node) in SHAPE_ONLY and len(node.all_input_nodes) == 1 \
+                    and node.all_input_nodes[0] in inside:
+                inside.add(node)
+                grown = True
+    return sorted((n for n in inside if any(u not in inside for u in n.users)), key=order.get)
 
 
 def _value_numbers(nodes: list[Node]) -> dict[Node, int]:

@@ -1,0 +1,107 @@
+"""Shared steps, exact: the model that a sampling loop calls N times becomes one region, compiled once and called N times.
+
+Before::                                           After::
+
+    k = prefill(context)                               k = invoke_subgraph("li_before", context)
+    v0 = block2(block1(x0, 1000), k)                   v0 = invoke_subgraph("li_step", x0, 1000, k)
+    x1 = x0 + v0 * d0                                  x1 = x0 + v0 * d0
+    v1 = block2(block1(x1, 900), k)                    v1 = invoke_subgraph("li_step", x1, 900, k)
+    x2 = x1 + v1 * d1                                  x2 = x1 + v1 * d1
+    out = decode(x2)                                   out = invoke_subgraph("li_after", x2)
+
+What depends on no call becomes one region too, and so does what follows the last call if it reads weights. Between the
+calls the scheduler's arithmetic is left, on tensors of the state's size. Each region is compiled by itself, and all
+variants of the graph share them (li_compile/regions.py).
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from li_compile.patterns import DenoisingLoop, Miss
+from li_compile.patterns.effects import RANDOM, WRITES, effect, switches_mode
+from li_compile.patterns.graph import REGION, SDPA, calls, descendants, name_of, source_line, subgraphs
+from li_compile.patterns.loop_body import Body
+from li_compile.patterns.loop_calls import weight_of
+
+from .outline import outline
+from .record import Record, Refused
+
+PREFIX = "li_"
+BEFORE, STEP, AFTER = PREFIX + "before", PREFIX + "step", PREFIX + "after"
+
+
+def share_steps(module: GraphModule, loop: DenoisingLoop) -> Record:
+    """Rewrite the graph in place. Counts the calls of the shared region. Raises Refused if the calls are not alike."""
+    record = Record("share_steps")
+    if STEP in subgraphs(module):
+        return record
+    if isinstance(loop.body, Miss):
+        raise Refused(loop.body)
+    try:
+        found = outline(module, loop.body, STEP)
+    except ValueError as why:
+        raise _refused(loop.calls[0][0], str(why)) from None
+    behind, first = descendants(found) | set(found), _position(found[0])
+    before = [n for n in module.graph.nodes if n.op.startswith("call") and n not in behind]
+    # What draws random numbers between the calls keeps its place, or it would draw others.
+    late = {n for n in before if effect(n) is not None and _position(n) > first}
+    late |= descendants(list(late))
+    if any(_is_heavy(n) for n in before):
+        _region(module, [n for n in before if n not in late], BEFORE)
+    behind = descendants(found := _calls(module)) | set(found)
+    ahead = {n for n in behind if descendants([n]) & set(found)} | set(found)
+    after = [n for n in module.graph.nodes if n.op.startswith("call") and n in behind - ahead and not _reads(n, found)]
+    if any(_is_heavy(n) for n in after):
+        _region(module, after, AFTER)
+    if (left := _left_over(module)) is not None:
+        raise _refused(left, f"{name_of(left)} stands between the calls of the sampling loop and cannot run by itself: it "
+                       "reads weights, writes in place (x += y for x = x + y), or is under an autocast of its own")
+    record.count = len(found)
+    record.details.append(f"{len(found)} calls of one region of {len(loop.body.nodes)} nodes")
+    return record
+
+
+def shared_regions(module: GraphModule) -> list[str]:
+    """Names of the regions that this pass made and that are still called."""
+    return [name for name in subgraphs(module) if name in (BEFORE, STEP, AFTER)]
+
+
+def _refused(node: Node, reason: str) -> Refused:
+    return Refused(Miss("shared steps", node.name, reason, source_line(node)))
+
+
+def _calls(module: GraphModule) -> list[Node]:
+    return [n for n in module.graph.nodes if n.target is REGION and n.args[0].target == STEP]
+
+
+def _position(node: Node) -> int:
+    return next(i for i, n in enumerate(node.graph.nodes) if n is node)
+
+
+def _reads(node: Node, found: list[Node]) -> bool:
+    """Whether a node only takes a call's result apart."""
+    return node.args and node.args[0] in found
+
+
+def _is_heavy(node: Node) -> bool:
+    return weight_of(node) is not None or calls(node, SDPA) or node.target is REGION
+
+
+def _region(module: GraphModule, nodes: list[Node], name: str) -> None:
+    """Outline nodes that are called once."""
+    own = set(nodes)
+    if not own:
+        return
+    outputs = [n for n in nodes if any(u not in own for u in n.users)]
+    operands = dict.fromkeys(o for n in nodes for o in n.all_input_nodes if o not in own)
+    outline(module, Body([(n,) for n in nodes], [(n,) for n in outputs], list(operands), [], []), name)
+
+
+def _left_over(module: GraphModule) -> Node | None:
+    """A node between the calls that reads weights, writes in place or depends on a mode; all else runs as it stands."""
+    for node in module.graph.nodes:
+        if node.op.startswith("call") and not (node.target is REGION and node.args[0].target in (BEFORE, STEP, AFTER)):
+            if _is_heavy(node) or switches_mode(node) or name_of(node) in WRITES - RANDOM:
+                return node
+    return None
