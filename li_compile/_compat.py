@@ -94,3 +94,16 @@ def graph_breaks() -> list[str]:
     from torch._dynamo.utils import counters
 
     return [f"{reason.splitlines()[0]} ({count} x)" for reason, count in counters["graph_break"].items()]
+
+
+def memory_of(x: torch.Tensor) -> tuple | None:
+    """What a tensor is a view of, how, and how often that was written to; None if this is not counted.
+
+    Equal for two tensors with the same contents in the same memory. Holds the memory weakly, and its address is not
+    given to another while this lives (2.11 to 2.14: ``StorageWeakRef``; versions are counted except for inference tensors).
+    """
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    if x.is_inference() or x.layout != torch.strided:
+        return None
+    return StorageWeakRef(x.untyped_storage()), x.storage_offset(), tuple(x.shape), x.stride(), x.dtype, x._version

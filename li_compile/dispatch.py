@@ -21,6 +21,7 @@ from li_compile.regions import lower_regions
 from li_compile.report import GraphReport
 from li_compile.reuse import can_reuse, why_not
 from li_compile.session import Session
+from li_compile.steps import StepRun, why_no_step
 
 Variant = tuple[int | None, bool]
 
@@ -44,6 +45,9 @@ class Dispatcher:
         self.prunes = facts.context is not None and config.context.enabled
         self.reuses = can_reuse(facts, config)
         self.loop = LoopRun(facts, config) if self.reuses else None
+        called = facts.loop is None and config.cache.enabled  # perhaps step by step, from a loop in Python
+        self.no_step = why_no_step(facts) if called else None
+        self.step = StepRun(facts, config) if called and self.no_step is None else None
         if facts.loop is not None and config.cache.enabled and (miss := why_not(facts, config)) is not None:
             report.misses.append(miss)
         if not self.prunes:
@@ -63,6 +67,11 @@ class Dispatcher:
         run = self.compiled.get(variant)
         if run is None:
             run = self._compile_now(variant, args)
+        scope = session.scope if session is not None else None
+        if scope is not None and self.facts.loop is None:
+            if self.step is not None:
+                return self.step.call(scope, given, lambda: run(args))
+            scope.reasons += [self.no_step.reason] if self.no_step is not None else []
         start = time.perf_counter()
         out = run(args) if chunk is None else chunk.run(run, args)
         if session is not None and plan is not None:

@@ -24,23 +24,23 @@ CONTROL = 4096  # most elements of an input that counts as an action or a settin
 
 @dataclasses.dataclass(frozen=True)
 class LoopVariant:
-    """A compiled variant of a graph. It returns ``results`` values of the graph's own and then, if ``watched``, the drift
-    of its last step, and outputs to keep; it takes outputs of an earlier chunk behind its inputs if ``across``."""
+    """A compiled variant of a graph. It returns ``results`` values of the graph's own and then ``extra`` ones, by name: the
+    drift of its last step, outputs to keep; it takes outputs of an earlier chunk behind its inputs if ``across``."""
 
     run: Callable[..., Any]
     results: int
-    watched: bool = False
+    extra: tuple[Any, ...] = ()
     across: bool = False
 
     @classmethod
     def of(cls, facts: Facts, module: GraphModule, run: Callable[..., Any]) -> LoopVariant:
-        count = lambda m: len(next(n for n in m.graph.nodes if n.op == "output").args[0])
+        output = lambda m: next(n for n in m.graph.nodes if n.op == "output")
         across = any("li_earlier" in p.meta for p in placeholders(module.graph))
-        return cls(run, count(facts.module), count(module) > count(facts.module), across)
+        return cls(run, len(output(facts.module).args[0]), output(module).meta.get("li_extra", ()), across)
 
-    def __call__(self, args: Sequence[Any], earlier: Sequence[torch.Tensor] = ()) -> Any:
-        out = self.run(*args, *(earlier if self.across else ()))
-        return out if not self.watched else tuple(out)[: self.results]
+    def __call__(self, args: Sequence[Any]) -> Any:
+        out = self.run(*args)
+        return tuple(out)[: self.results] if self.extra else out
 
 
 class LoopRun:
@@ -54,7 +54,7 @@ class LoopRun:
         """The chunk that a call is. plan: from the camera poses, None if there are none. args: the graph's inputs."""
         wanted = self.config.gate == "always" or plan is not None and plan.reuse
         controls = [args[i] for i in self.controls]
-        memory = session.memory(self, lambda: ChunkMemory(self.config, self.plan.predictor.across)) if session else None
+        memory = session.kept.loop(self, lambda: ChunkMemory(self.config, self.plan.predictor.across)) if session else None
         if memory is not None:
             reuse, reason = memory.begin(wanted, controls)
         else:  # nothing is remembered outside of a session
@@ -88,12 +88,11 @@ class Chunk:
             if self.memory is not None:
                 self.memory.forget()
             raise
-        if not variant.watched:
-            return out
         out = tuple(out)
-        self.drift, kept = out[variant.results], out[variant.results + 1:]
+        extra = dict(zip(variant.extra, out[variant.results:]))
+        self.drift = extra.pop("drift", None)
         if self.memory is not None:
-            self.memory.end(self.drift, kept, self.controls)
+            self.memory.end(self.drift, list(extra.values()), self.controls)
         return out[: variant.results]
 
 

@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from li_compile.config import CacheConfig
+
+
+class Kept:
+    """What all compiled models that a rollout runs have left for its next chunk."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop everything, as if none had run yet."""
+        self._loops: weakref.WeakKeyDictionary[Any, ChunkMemory] = weakref.WeakKeyDictionary()
+        self._steps: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+
+    def loop(self, owner: Any, make: Callable[[], ChunkMemory]) -> ChunkMemory:
+        """What there is of a compiled loop. What there was of others is dropped, since this one comes between."""
+        if owner not in self._loops:
+            self._loops = weakref.WeakKeyDictionary({owner: make()})
+        return self._loops[owner]
+
+    def step(self, owner: Any, make: Callable[[], Any]) -> Any:
+        """What there is of a compiled model that is called step by step."""
+        if owner not in self._steps:
+            self._steps[owner] = make()
+        return self._steps[owner]
+
+    def keep_steps(self, seen: Sequence[Any]) -> None:
+        """Drop what there is of models that were not called in the chunk that ends."""
+        for trace in self._steps.values():
+            if not any(trace is s for s in seen):
+                trace.forget()
 
 
 class ChunkMemory:
@@ -56,6 +88,12 @@ class ChunkMemory:
     def outputs(self) -> list[torch.Tensor]:
         """Outputs of the last chunk that was computed in full."""
         return self._outputs or []
+
+
+def drift_of(computed: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+    """sum |computed - predicted| / sum |computed|, in fp32, as a tensor of no dimensions."""
+    a, b = computed.float(), predicted.float()
+    return (a - b).abs().sum() / a.abs().sum()
 
 
 def _equal(before: Sequence[torch.Tensor], now: Sequence[torch.Tensor]) -> bool:

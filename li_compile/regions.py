@@ -19,12 +19,12 @@ from li_compile.patterns.graph import REGION, region_calls, value
 Lower = Callable[[GraphModule, Sequence[Any]], Callable]
 
 
-class _Compiled(torch.nn.Module):
+class CompiledRegion(torch.nn.Module):
     """A compiled region in the place of its graph."""
 
-    def __init__(self, run: Callable) -> None:
+    def __init__(self, name: str, run: Callable) -> None:
         super().__init__()
-        self.run = run
+        self.name, self.run = name, run
 
     def forward(self, *args: Any) -> Any:
         return self.run(*args)
@@ -45,7 +45,7 @@ def lower_regions(module: GraphModule, inputs: Sequence[Any], lower: Lower, done
             region = _compat.as_traced(copy.deepcopy(getattr(module, name)), module)
             done[name] = lower(region, [value(x) for x in region_calls(module, name)[0].args[2:]])
         delattr(outer, name)
-        outer.add_submodule(name, _Compiled(done[name]))
+        outer.add_submodule(name, CompiledRegion(name, done[name]))
     for node in list(outer.graph.nodes):
         if node.target is REGION:
             with outer.graph.inserting_before(node):

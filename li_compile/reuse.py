@@ -48,7 +48,7 @@ def apply_reuse(apply: Callable, facts: Facts, config: Config, reuse: bool) -> N
     if not can_reuse(facts, config):
         return
     plan = skipping(facts.loop, config)
-    across = plan.predictor.across
+    across, guarded = plan.predictor.across, config.cache.guard is not None
 
     def cached(module: GraphModule) -> Record:
         loop, shared = found_loop(module), bool(shared_regions(module))
@@ -61,16 +61,16 @@ def apply_reuse(apply: Callable, facts: Facts, config: Config, reuse: bool) -> N
         if shared:
             tidy(module)  # or a state that only a dead call reads would be computed for it
             record.details += fold_updates(module, [n for i in plan.computed for n in loop.outputs[i]]).details
-        if config.cache.guard is not None:
-            watch_steps(module, loop, plan, keep=False)
+        if guarded:
+            watch_steps(module, loop, plan, drift=True, keep=False)
         return record
 
     def watched(module: GraphModule) -> Record:
-        return watch_steps(module, found_loop(module), plan, keep=across)
+        return watch_steps(module, found_loop(module), plan, drift=guarded and not across, keep=across)
 
     if reuse:
         apply("cached_steps", cached)
-    elif across or config.cache.guard is not None:
+    elif across or guarded:
         apply("watch_steps", watched)
 
 

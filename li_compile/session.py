@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
-import weakref
-from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from li_compile.config import Config
 from li_compile.errors import LightInteractionError, PoseError
+from li_compile.memory import Kept
 from li_compile.policy import ChunkPlan, check_poses, plan_context
+
+if TYPE_CHECKING:
+    from li_compile.scope import ChunkScope
 
 __all__ = ["Session"]
 
@@ -57,20 +59,18 @@ class Session:
         """Forget the poses and the records, as for a new video."""
         self._poses = torch.empty(0, 4, 4, dtype=torch.float64)
         self._records: list[_Record] = []
-        self._memories: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-        self._latest: Any = None
-
-    def memory(self, loop: Any, make: Callable[[], Any]) -> Any:
-        """What this rollout remembers of a compiled loop; of all others it forgets, since they come between."""
-        if self._latest is None or self._latest() is not loop:
-            self._memories.clear()
-            self._latest = weakref.ref(loop)
-        return self._memories.setdefault(loop, make())
+        self.scope: ChunkScope | None = None  # the chunk that is open
+        self.kept = Kept()  # what compiled models left for the next chunk
 
     @property
     def poses(self) -> torch.Tensor:
         """``[N, 4, 4]`` float64 world-to-camera matrices seen so far, on the CPU."""
         return self._poses
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks recorded."""
+        return len(self._records)
 
     def extend(self, w2c: Any) -> None:
         """Append poses, one a latent: ``[n, 4, 4]`` world-to-camera matrices, or one ``[4, 4]``; any dtype and device.
@@ -100,6 +100,24 @@ class Session:
                 "call extend() with the chunk's poses before plan()"
             )
         return plan_context(self._poses[:start], self._poses[start : start + size], self.config)
+
+    def chunk(self, start: int, size: int | None = None, *, steps: int | None = None) -> ChunkScope:
+        """Plan a chunk, as ``plan`` does, and mark its steps, for sampling loops that run in Python::
+
+            with session.chunk(start) as plan:
+                for t in timesteps:
+                    x = scheduler.step(model(x, t, ...), t, x)
+
+        Steps of compiled models that are called inside are skipped under ``plan.reuse``, once a chunk that was computed
+        in full has shown which inputs vary; the chunk is recorded at the end. steps: their number, where it changes
+        from chunk to chunk. An exception inside leaves nothing behind that a later chunk could reuse.
+
+        Raises:
+            PoseError: as ``plan``. LightInteractionError: a chunk is open already.
+        """
+        from li_compile.scope import ChunkScope
+
+        return ChunkScope(self, self.plan(start, size), steps)
 
     def record(self, plan: ChunkPlan, *, steps: int | None = None, calls: int | None = None, **info: Any) -> None:
         """Note that a chunk was run under ``plan``.

@@ -88,21 +88,26 @@ def add_earlier(module: GraphModule, loop: DenoisingLoop, skipping: Skipping) ->
     return wanted
 
 
-def watch_steps(module: GraphModule, loop: DenoisingLoop, skipping: Skipping, keep: bool) -> Record:
-    """Let a graph also return how far its last step's output is from what would have stood in for it, as a number:
-    sum |computed - predicted| / sum |computed|, the largest of its outputs; and, with keep, the outputs of the steps that
-    later chunks read. They follow the graph's own results.
+def watch_steps(module: GraphModule, loop: DenoisingLoop, skipping: Skipping, *, drift: bool, keep: bool) -> Record:
+    """Let a graph return more than its own results, named in ``meta["li_extra"]`` of its output node.
+
+    drift: how far its last step's output is from what would have stood in for it, as a number of no dimensions:
+    sum |computed - predicted| / sum |computed|, the largest of its outputs. keep: the outputs of all steps that later
+    chunks read.
     """
-    graph, last = module.graph, loop.steps - 1
-    predictor = Predictions(module, loop, skipping)
-    predicted = [predictor.output(last, j) for j in range(len(loop.outputs[last]))]
+    graph, last, extra = module.graph, loop.steps - 1, {}
     output = next(n for n in graph.nodes if n.op == "output")
-    with graph.inserting_before(output):
-        far = [_relative_l1(graph, v, p) for v, p in zip(loop.outputs[last], predicted)]
-        drift = far[0] if len(far) == 1 else graph.call_method("amax", (graph.call_function(torch.stack, (far,)),))
-    kept = [node for step in skipping.remembered() for node in loop.outputs[step]] if keep else []
-    output.args = ((*output.args[0], drift, *kept),)
-    return Record("watch_steps", 1, [f"drift of the last step; {len(kept)} outputs kept"])
+    if drift:
+        predictor = Predictions(module, loop, skipping)
+        predicted = [predictor.output(last, j) for j in range(len(loop.outputs[last]))]
+        with graph.inserting_before(output):
+            far = [_relative_l1(graph, v, p) for v, p in zip(loop.outputs[last], predicted)]
+            extra["drift"] = far[0] if len(far) == 1 else graph.call_method("amax", (graph.call_function(torch.stack, (far,)),))
+    if keep:
+        extra |= {(step, j): node for step in skipping.remembered() for j, node in enumerate(loop.outputs[step])}
+    output.args = ((*output.args[0], *extra.values()),)
+    output.meta["li_extra"] = tuple(extra)
+    return Record("watch_steps", 1, [f"also returns {', '.join(map(str, extra))}"])
 
 
 def _relative_l1(graph: Graph, computed: Node, predicted: Node) -> Node:
