@@ -38,18 +38,18 @@ def inductor(module: torch.fx.GraphModule, inputs: Sequence[Any], patches: dict[
     return compile_fx(module, list(inputs), config_patches={**patches, place: DigestPass(digest, patches.get(place))})
 
 
-def as_traced(part: torch.fx.GraphModule, whole: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """Mark a part of a graph that Dynamo traced as such, so that AOTAutograd knows which of its inputs are weights.
+def as_traced(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Let AOTAutograd see which inputs of a copy or part of Dynamo's graph are weights, which copying makes it forget.
 
-    Only these stay in place under CUDA graphs; all other inputs are copied at every call. As Dynamo's own DDPOptimizer
-    does for the parts that it makes (2.13, 2.14: ``dynamo_compile_id``, ``_param_name_to_source``, ``_dynamo_source``).
+    Only these stay in place under CUDA graphs; all other inputs are copied at every call. Inputs have no source, as in
+    the parts that Dynamo's DDPOptimizer makes (2.13, 2.14: ``dynamo_compile_id``, ``_param_name_to_source``,
+    ``_dynamo_source``).
     """
-    if "dynamo_compile_id" in whole.meta:
-        part.meta["dynamo_compile_id"] = whole.meta["dynamo_compile_id"]
-        part._param_name_to_source = {}
-        for node in part.graph.find_nodes(op="placeholder"):
+    if "dynamo_compile_id" in module.meta:
+        module._param_name_to_source = {}
+        for node in module.graph.find_nodes(op="placeholder"):
             node._dynamo_source = None
-    return part
+    return module
 
 
 def mode_patches(mode: str | None) -> dict[str, Any]:

@@ -76,7 +76,7 @@ class Dispatcher:
         out = run(args) if chunk is None else chunk.run(run, args)
         if session is not None and plan is not None:
             steps = self.facts.loop.steps if self.facts.loop is not None else None
-            done = {"calls": steps} if chunk is None else {"calls": chunk.calls, "drift": chunk.drift}
+            done = {"calls": steps} if chunk is None else chunk.done
             session.record(plan if chunk is None else chunk.plan, steps=steps, seconds=time.perf_counter() - start, **done)
         return out
 

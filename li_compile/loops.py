@@ -66,7 +66,7 @@ class LoopRun:
 
 @dataclasses.dataclass
 class Chunk:
-    """One call of a graph that holds a loop. calls: steps that it computes. drift: of its last step, once it has run."""
+    """One call of a graph that holds a loop. computed: steps, where some are reused. drift: of the last, once it has run."""
 
     steps: int
     computed: int
@@ -77,8 +77,10 @@ class Chunk:
     drift: torch.Tensor | None = None
 
     @property
-    def calls(self) -> int:
-        return self.computed if self.reuse else self.steps
+    def done(self) -> dict[str, Any]:
+        """What a Session records of the chunk: steps computed, drift, whether the guard had them all computed."""
+        guarded = self.memory is not None and self.memory.guarded
+        return {"calls": self.computed if self.reuse else self.steps, "drift": self.drift, "guarded": guarded}
 
     def run(self, variant: LoopVariant, args: Sequence[Any]) -> Any:
         """The graph's results. What goes wrong inside leaves nothing behind."""

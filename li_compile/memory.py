@@ -55,9 +55,14 @@ class ChunkMemory:
     def forget(self) -> None:
         """Drop everything: what follows is no continuation of what was."""
         self._drift: torch.Tensor | None = None
-        self._waiting, self._measured = 0, 0.0
+        self._waiting, self._measured, self._guarded = 0, 0.0, False
         self._outputs: list[torch.Tensor] | None = None
         self._controls: list[torch.Tensor] = []
+
+    @property
+    def guarded(self) -> bool:
+        """Whether the chunk that was begun is computed because of the guard."""
+        return self._guarded
 
     def begin(self, wanted: bool, controls: Sequence[torch.Tensor]) -> tuple[bool, str]:
         """Whether the chunk that begins reuses steps, and a reason where that is not what was wanted.
@@ -70,6 +75,7 @@ class ChunkMemory:
                 self._waiting = self.config.guard_chunks
         if self._outputs is not None and not _equal(self._controls, controls):
             self._outputs = None
+        self._guarded = bool(self._waiting) and wanted
         if self._waiting:
             self._waiting -= 1
             if wanted:
@@ -82,7 +88,8 @@ class ChunkMemory:
         """Keep what a chunk gave: its drift, and its outputs if it computed them all."""
         self._drift = drift
         if outputs:
-            self._outputs, self._controls = list(outputs), [c.detach().clone() for c in controls]
+            # Copies: the memory of what a compiled region returns may be its own (CUDA graphs), that of inputs the caller's.
+            self._outputs, self._controls = ([x.detach().clone() for x in xs] for xs in (outputs, controls))
 
     @property
     def outputs(self) -> list[torch.Tensor]:

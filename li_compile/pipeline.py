@@ -19,6 +19,7 @@ from li_compile.config import Config
 from li_compile.errors import ConfigError, RewriteError
 from li_compile.passes.cost import cost
 from li_compile.passes.equal_rows import equal_rows
+from li_compile.passes.forward_stores import forward_stores
 from li_compile.passes.normalize import normalize
 from li_compile.passes.propagate import propagate, tidy
 from li_compile.passes.prune_context import prune_context
@@ -82,6 +83,7 @@ def canonical(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     """A normalised copy of a traced graph, with shapes on every node."""
     module = copy.deepcopy(module)
     normalize(module)
+    forward_stores(module)
     tidy(module)
     propagate(module, inputs, _compat.fake_mode_of(inputs))
     return module

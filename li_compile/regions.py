@@ -38,11 +38,13 @@ def lower_regions(module: GraphModule, inputs: Sequence[Any], lower: Lower, done
     """
     names = shared_regions(module)
     if not names:
-        return lower(module, inputs)
+        return lower(_compat.as_traced(module), inputs)
     outer = copy.deepcopy(module)
     for name in names:
         if name not in done:
-            region = _compat.as_traced(copy.deepcopy(getattr(module, name)), module)
+            region = copy.deepcopy(getattr(module, name))
+            region.meta |= module.meta
+            _compat.as_traced(region)
             done[name] = lower(region, [value(x) for x in region_calls(module, name)[0].args[2:]])
         delattr(outer, name)
         outer.add_submodule(name, CompiledRegion(name, done[name]))

@@ -63,4 +63,5 @@ class ChunkScope:
         reasons = dict.fromkeys(r for r in (self.plan.reason, *self.reasons, *(t.reason for t in self.traces)) if r)
         plan = dataclasses.replace(self.plan, reuse=reuse, reason="; ".join(reasons))
         self.session.record(plan, steps=done[0], calls=done[1], seconds=seconds,
-                            drift=torch.stack(drifts).amax() if drifts else None)
+                            drift=torch.stack(drifts).amax() if drifts else None,
+                            guarded=any(t.memory.guarded for t in self.traces))

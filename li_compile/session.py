@@ -134,7 +134,7 @@ class Session:
     def stats(self) -> dict[str, Any]:
         """What the recorded chunks came to. Plain data, fit for JSON.
 
-        ``chunks``, ``reused_chunks``; ``context_kept`` and ``context_possible``: latents summed over chunks, the
+        ``chunks``, ``reused_chunks``, ``guarded_chunks`` (computed in full because of ``cache.guard``); ``context_kept`` and ``context_possible``: latents summed over chunks, the
         second being the history that each plan was given; ``calls`` and ``calls_possible``: denoising calls made and
         steps of the schedules, None unless known for every chunk; ``per_chunk``: one dict a chunk.
         """
@@ -143,6 +143,7 @@ class Session:
         return {
             "chunks": len(records),
             "reused_chunks": sum(r.plan.reuse for r in records),
+            "guarded_chunks": sum(bool(r.info.get("guarded")) for r in records),
             "context_kept": sum(len(r.plan.indices) for r in records),
             "context_possible": sum(r.plan.history for r in records),
             "calls": sum(r.calls for r in records) if known else None,

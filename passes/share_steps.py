@@ -99,9 +99,10 @@ def _region(module: GraphModule, nodes: list[Node], name: str) -> None:
 
 
 def _left_over(module: GraphModule) -> Node | None:
-    """A node between the calls that reads weights, writes in place or depends on a mode; all else runs as it stands."""
-    for node in module.graph.nodes:
+    """A node that reads weights or depends on a mode, or that writes in place between the calls; all else runs as it stands."""
+    last = _position(_calls(module)[-1])
+    for i, node in enumerate(module.graph.nodes):
         if node.op.startswith("call") and not (node.target is REGION and node.args[0].target in (BEFORE, STEP, AFTER)):
-            if _is_heavy(node) or switches_mode(node) or name_of(node) in WRITES - RANDOM:
+            if _is_heavy(node) or switches_mode(node) or i < last and name_of(node) in WRITES - RANDOM:
                 return node
     return None

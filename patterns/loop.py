@@ -17,7 +17,7 @@ import dataclasses
 import torch
 from torch.fx import GraphModule, Node
 
-from .effects import RANDOM, VALUE_FREE, effect, target, writes_own
+from .effects import RANDOM, VALUE_FREE, WRITES, effect, target, writes_own
 from .graph import REGION, SHAPE_ONLY, Miss, ancestors, descendants, name_of, shape, source_line
 from .loop_body import Body, find_body
 from .loop_calls import find_runs
@@ -82,7 +82,9 @@ def _read_loop(nodes: list[Node], steps: list[list[Node]], branches: int) -> Den
     numbers, free = _value_numbers(nodes), lambda n: name_of(n) in VALUE_FREE
     for i in range(1, len(steps)):
         if not set(outputs[i - 1]) & set(ancestors(steps[i])):
-            return refuse(f"call {i} does not depend on call {i - 1}: a repeated model, but no loop", steps[i][0])
+            written = next((n for n in descendants(outputs[i - 1]) if name_of(n) in WRITES and order[n] < order[steps[i][0]]), None)
+            return refuse(f"call {i} does not depend on call {i - 1}: a repeated model, but no loop" if written is None else
+                          f"what call {i - 1} gives is written in place ({name_of(written)}); make a new state instead", steps[i][0])
         fixed = [set(ancestors(s)) - descendants([o for out in outputs[:i] for o in out], free) for s in steps[i - 1:i + 1]]
         known = {numbers[n] for n in fixed[0]}
         fresh = {n for n in fixed[1] if numbers[n] not in known}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from samplers import FORMS, GUIDANCE, Denoiser, alone, euler, guided, renoise, shifted, unipc
+from samplers import FORMS, GUIDANCE, Denoiser, alone, euler, guided, renoise, shifted, skipping, unipc
 from torch import nn
 from tracing import Traced, relative
 
@@ -210,6 +210,79 @@ def test_an_update_in_place_is_left_where_it_is():
     compiled = Traced(sample, *inputs()).compile(**ALWAYS)
     assert "iadd stands between the calls of the sampling loop" in compiled.reasons
     assert relative(run(compiled, *inputs()), run(euler(velocity, LEVELS, skip=(1, 2)), *inputs())) <= 1e-5
+
+
+@pytest.mark.parametrize("mine", [True, False], ids=["own buffer", "the caller's"])
+def test_a_state_in_a_larger_tensor(mine):
+    """Written in place after each step; what the caller gave ends up as it would have."""
+    velocity = alone(Denoiser())
+
+    def sample(latents, condition, skip=()):
+        latents, held = latents.clone() if mine else latents, skipping(velocity, skip)
+        for i, (sigma, following) in enumerate(zip(LEVELS, LEVELS[1:])):
+            latents[1:4] = latents[1:4] + held(latents[1:4], sigma, condition, i) * (following - sigma)
+        return latents.sum(0)
+
+    many, condition = torch.randn(6, 4), inputs()[1]
+    traced = Traced(sample, many.clone(), condition)
+    off, on = traced.compile(preset="cache"), traced.compile(**ALWAYS)
+    assert off.report.counts()["share_steps"] == 4 and on.report.counts()["cached_steps"] == 2
+    for compiled, skip in ((off, ()), (on, (1, 2))):
+        given, want = many.clone(), many.clone()
+        assert relative(run(compiled, given, condition), run(lambda *a: sample(*a, skip=skip), want, condition)) <= 1e-5
+        assert relative(given, want) <= 1e-5 and torch.equal(given, many) == mine
+
+
+class Islands(nn.Module):
+    """A model with a part in half precision, and one inside of that in full."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Denoiser()
+
+    def forward(self, x, time, condition):
+        with torch.autocast("cpu", torch.bfloat16):
+            h = self.inner.start(x) + self.inner.time(time)
+            with torch.autocast("cpu", enabled=False):
+                h = h.float() + self.inner.condition(condition)
+            h = self.inner.blocks[0](h)
+        return self.inner.end(h.float())
+
+
+def test_autocast_inside_of_the_model_goes_into_the_region():
+    velocity = alone(Islands())
+    traced = Traced(euler(velocity, LEVELS), *inputs())
+    off, on = traced.compile(preset="cache"), traced.compile(**ALWAYS)
+    assert off.report.counts()["share_steps"] == 4
+    assert torch.equal(run(off, *inputs()), run(traced, *inputs()))
+    assert not any("autocast" in str(n.target) for n in reusing(on).graph.nodes)
+    assert relative(run(on, *inputs()), run(euler(velocity, LEVELS, skip=(1, 2)), *inputs())) <= 1e-5
+
+
+def test_autocast_around_the_loop_is_left_where_it_is():
+    velocity = alone(Denoiser())
+
+    def sample(x, condition, skip=()):
+        with torch.autocast("cpu", torch.bfloat16):
+            return euler(velocity, LEVELS, skip=skip)(x, condition)
+
+    compiled = Traced(sample, *inputs()).compile(**ALWAYS)
+    assert "is under an autocast of its own" in compiled.reasons
+    assert relative(run(compiled, *inputs()), run(lambda *a: sample(*a, skip=(1, 2)), *inputs())) <= 1e-5
+
+
+def test_weights_are_known_as_such_to_the_compiler(monkeypatch):
+    """Or CUDA graphs would copy them at each call: shared or whole, as in the graph that Dynamo traced."""
+    from torch._inductor import compile_fx
+
+    found, real = [], compile_fx.get_static_input_idxs
+    monkeypatch.setattr(compile_fx, "get_static_input_idxs", lambda count: found.append(real(count)) or found[-1])
+    sample = euler(alone(Denoiser()), LEVELS)
+    for options in ({"preset": "off"}, {"preset": "exact"}, {"preset": "exact", "exact.shared_steps": False}):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.compile(sample, backend="light_interaction", options=options)(*inputs())
+    assert [len(f) for f in found] == [12, 12, 12]
 
 
 def test_running_the_pass_twice_changes_nothing():

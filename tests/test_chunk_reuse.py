@@ -131,6 +131,7 @@ def test_the_guard_computes_the_next_chunks(velocity, traced):
             assert relative(got, by_hand(velocity, given, () if i else (1, 2))) <= 1e-5
     per_chunk = rollout.stats()["per_chunk"]
     assert [c["calls"] for c in per_chunk] == [2, 4, 4, 4, 4, 4, 4]  # a full chunk drifts too, and keeps it waiting
+    assert rollout.stats()["guarded_chunks"] == 6 and [c["guarded"] for c in per_chunk] == [False] + [True] * 6
     assert "drifted by" in per_chunk[1]["reason"] and "cache.guard" in per_chunk[1]["reason"]
     x, condition = inputs(0)
     with torch.no_grad():

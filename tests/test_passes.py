@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from unittest import mock
 
 import pytest
@@ -283,3 +284,39 @@ def test_rows_that_are_equal_and_rows_that_are_not(how, count):
     assert equal_rows(graph).count == count
     with torch.no_grad():
         assert relative(graph(*traced.arguments(x))[0], module(x, how)) <= 1e-6
+
+
+def replaced(x, y, how):
+    """A place that is written, read, written, read and written again, with something done in between."""
+    out, place = (x.double() if how == "dtype" else x.clone()), slice(1, 3)
+    old, seen = out[place], x
+    out[place] = y
+    if how == "read between":
+        seen = out.sum()
+    if how == "written elsewhere":
+        out.mul_(2)
+    if how == "an old view":
+        seen = old * 2
+    if how == "another place":
+        place = slice(0, 2)
+    a = out[place]
+    out[place] = a.to(y.dtype) + 1
+    b = out[place]
+    out[place] = b.to(y.dtype) * 3
+    if how == "read late":
+        seen = b * 2  # of a view: this is what was stored last
+    return out * 1, seen * 1
+
+
+@pytest.mark.parametrize(("how", "left"), [
+    ("nothing", (0, 1)), ("read between", (0, 2)), ("written elsewhere", (1, 2)), ("an old view", (1, 2)), ("another place", (1, 2)),
+    ("dtype", (1, 3)), ("read late", (1, 2))])
+def test_stores_that_are_forwarded(how, left):
+    """(reads, stores) that are left of two reads, one old view and three stores."""
+    given = torch.randn(4, 3), torch.randn(2, 3)
+    traced = Traced(lambda x, y: replaced(x, y, how), *given)
+    module = canonical(traced.module, traced.fakes)
+    count = lambda what: sum(n.target is what for n in module.graph.nodes)
+    assert (count(operator.getitem), count(operator.setitem)) == left
+    for got, want in zip(module(*traced.arguments(*given)), replaced(*given, how)):
+        assert torch.equal(got, want)

@@ -236,6 +236,31 @@ def test_a_model_that_writes_into_its_inputs_is_left_alone():
     assert loop is None and "writes in place (setitem)" in reason
 
 
+def in_place(read, model=None):
+    """HY-WorldPlay's own loop: each step's result is written into its place among all latents. read: what else happens."""
+    model = model or Denoiser()
+
+    def sample(x, condition):
+        latents = torch.cat([x, x])
+        for sigma, following in zip(LINE, LINE[1:]):
+            latents[3:] = latents[3:] + alone(model)(latents[3:], sigma, condition) * (following - sigma)
+            read(latents)
+        return latents
+
+    return sample
+
+
+def test_a_state_that_is_written_in_place():
+    loop, _ = find(in_place(lambda latents: None))
+    check(loop, 4, "unrolled")
+    assert loop.updates.kind == "Euler"
+
+
+def test_a_state_that_something_else_writes():
+    loop, reason = find(in_place(lambda latents: latents.mul_(0.5)))
+    assert loop is None and "what call 0 gives is written in place (setitem); make a new state instead" in reason
+
+
 def fill(x):
     out = torch.zeros_like(x)
     out[..., :4] = x[..., :4]
