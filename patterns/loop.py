@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from .effects import RANDOM, VALUE_FREE, WRITES, effect, target, writes_own
 from .graph import REGION, SHAPE_ONLY, Miss, ancestors, descendants, name_of, shape, source_line
-from .loop_body import Body, find_body
+from .loop_body import Body, find_body, same_graph
 from .loop_calls import find_runs
 from .loop_update import Updates, read_updates
 
@@ -96,6 +96,9 @@ def _read_loop(nodes: list[Node], steps: list[list[Node]], branches: int) -> Den
                           steps[i][0])
     form = "regions" if any(n.target is REGION for s in steps for n in s) else "unrolled"
     body = body or _fold(steps, outputs, branches)
+    if isinstance(body, Body) and (data := _data(body, outputs, numbers)) is not None:
+        return refuse(f"the calls read different data, each as much as a state ({data.name}): a loop over a sequence, no "
+                      "denoising loop", data)
     return DenoisingLoop(steps, outputs, form, branches, body, read_updates(nodes, outputs, body))
 
 
@@ -108,6 +111,18 @@ def _fold(steps: list[list[Node]], outputs: list[list[Node]], branches: int) -> 
         if isinstance(body := find_body(calls, out), Body):
             return body
     return find_body(steps, outputs)
+
+
+def _data(body: Body, outputs: list[list[Node]], numbers: dict[Node, int]) -> Node | None:
+    """An operand that differs from step to step, is no state, and is too large for a time."""
+    later, branches = descendants([o for out in outputs for o in out]), body.calls // len(outputs)
+    state = max(_elements(o) or 0 for o in outputs[0])
+    for nodes in body.varying:
+        for mine in (nodes[b::branches] for b in range(branches)):
+            same = len({numbers[n] for n in mine}) == 1 or any(n in later or name_of(n) in {*VALUE_FREE, "full"} for n in mine)
+            if not same and 2 * (_elements(mine[-1]) or 0) > state:
+                return mine[-1]
+    return None
 
 
 def _outputs(anchors: list[Node], order: dict[Node, int], end: int) -> list[Node]:
@@ -130,13 +145,30 @@ def _outputs(anchors: list[Node], order: dict[Node, int], end: int) -> list[Node
 
 def _value_numbers(nodes: list[Node]) -> dict[Node, int]:
     """Numbers that are equal for nodes which compute the same from the same, as two steps do with what is invariant."""
-    numbers, seen = {}, {}
+    numbers, seen, regions = {}, {}, []
     for node in nodes:
-        unique = node.op in ("placeholder", "get_attr") or name_of(node) in RANDOM
+        unique = node.op == "placeholder" or name_of(node) in RANDOM
         args = (shape(node), *node.args[1:]) if name_of(node) in VALUE_FREE else node.args
-        key = node.name if unique else repr((name_of(node), torch.fx.map_arg((args, node.kwargs), numbers.get)))
+        if node.op == "get_attr":
+            key = f"attribute {_attribute(node, regions)}"
+        elif node.target is REGION:
+            key = repr(("region", torch.fx.map_arg((args[0], args[2:]), numbers.get)))
+        else:
+            key = node.name if unique else repr((name_of(node), torch.fx.map_arg((args, node.kwargs), numbers.get)))
         numbers[node] = seen.setdefault(key, len(seen))
     return numbers
+
+
+def _attribute(node: Node, regions: list[tuple[str, GraphModule]]) -> str:
+    """The name of an attribute; of regions that compute the same, the name of the first."""
+    found = getattr(node.graph.owning_module, str(node.target), None)
+    if not isinstance(found, GraphModule):
+        return str(node.target)
+    for name, region in regions:
+        if name == node.target or same_graph(region, found):
+            return name
+    regions.append((str(node.target), found))
+    return str(node.target)
 
 
 def _bypasses(outputs: list[Node], before: list[Node], after: list[Node], fresh: set[Node]) -> bool:
@@ -159,5 +191,10 @@ def _bypasses(outputs: list[Node], before: list[Node], after: list[Node], fresh:
 
 def _is_state(node: Node, outputs: list[Node]) -> bool:
     """A latent: as many elements as an output of the model (layout may differ)."""
-    size = lambda n: torch.Size(shape(n)).numel() if shape(n) and all(isinstance(s, int) for s in shape(n)) else None
-    return size(node) is not None and size(node) in {size(o) for o in outputs}
+    return _elements(node) is not None and _elements(node) in {_elements(o) for o in outputs}
+
+
+def _elements(node: Node) -> int | None:
+    """Elements of a tensor of constant size."""
+    s = shape(node)
+    return torch.Size(s).numel() if s and all(isinstance(d, int) for d in s) else None

@@ -188,10 +188,13 @@ def test_the_whole_step_of_the_world_as_one_region(tiny_world):
 # Layers that are applied again and again, and calls that don't depend on one another.
 
 
-def again(layer, times, update):
+CALLS = {"plain calls": lambda layer, *args: layer(*args), "regions": region(lambda layer, *args: layer(*args))}
+
+
+def again(layer, times, update, call):
     def fn(x, condition):
         for _ in range(times):
-            x = update(x, layer(x))
+            x = update(x, call(layer, x))
         return x
 
     return fn
@@ -199,10 +202,25 @@ def again(layer, times, update):
 
 @pytest.mark.parametrize("update", [lambda x, y: y, lambda x, y: x + y, lambda x, y: F.layer_norm(x + y, (4,))],
                          ids=["plain", "residual", "post-norm"])
-def test_a_shared_layer_is_no_loop(update):
+@pytest.mark.parametrize("call", CALLS)
+def test_a_shared_layer_is_no_loop(update, call):
     layer = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
-    loop, reason = find(again(layer, 4, update))
+    loop, reason = find(again(layer, 4, update, CALLS[call]))
     assert loop is None and "no denoising loop" in reason
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_recurrent_layer_over_a_sequence_is_no_loop(call):
+    """Its state bypasses each call, and something differs: but that is data, as much as the state."""
+    cell = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+
+    def fn(x, condition, sequence):
+        for i in range(4):
+            x = x + CALLS[call](cell, torch.cat([x, sequence[i]], 1))
+        return x
+
+    loop, reason = find(fn, [torch.randn(3, 4), torch.randn(3, 1), torch.randn(4, 3, 4)])
+    assert loop is None and "a loop over a sequence, no denoising loop" in reason
 
 
 def test_independent_calls_are_no_loop():
