@@ -18,8 +18,9 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from li_compile.patterns import DenoisingLoop, Miss
-from li_compile.patterns.graph import value
+from li_compile.patterns.graph import REGION, value
 from li_compile.patterns.linear import Linear
+from li_compile.patterns.loop_body import Body
 
 from .combine import emit
 from .predictors import NOW, Skipping
@@ -31,10 +32,14 @@ def cached_steps(module: GraphModule, loop: DenoisingLoop, skipping: Skipping) -
     record = Record("cached_steps")
     if not skipping.skip:
         raise Refused(Miss("cached steps", loop.calls[0][0].name, too_few(loop.steps, 3)))
+    if isinstance(loop.body, Body) and loop.body.writes and not all(n.target is REGION for c in loop.calls for n in c):
+        raise Refused(Miss("cached steps", loop.calls[0][0].name, "the model writes into its inputs, and its calls could not "
+                           "become regions (share_steps says why)"))
     predictor = Predictions(module, loop, skipping)
     for step in skipping.skip:
         for j, node in enumerate(loop.outputs[step]):
             node.replace_all_uses_with(predictor.output(step, j))
+        _drop(module, loop.calls[step])
         record.count += 1
     how = skipping.predictor.name
     record.details.append(f"{loop.steps} steps, {len(skipping.computed)} computed ({loop.form}, {how})")
@@ -42,6 +47,15 @@ def cached_steps(module: GraphModule, loop: DenoisingLoop, skipping: Skipping) -
         record.misses.append(Miss("cached steps", loop.calls[0][0].name, "the times of the steps were not found; they "
                                   "count as evenly spaced"))
     return record
+
+
+def _drop(module: GraphModule, calls: list[Node]) -> None:
+    """Erase the calls of regions that nothing reads any more: they may write, and would be kept for that."""
+    for call in calls:
+        if call.target is REGION and not any(u.users for u in call.users):
+            for user in list(call.users):
+                module.graph.erase_node(user)
+            module.graph.erase_node(call)
 
 
 def too_few(steps: int, least: int) -> str:

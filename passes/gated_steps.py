@@ -37,6 +37,8 @@ def gated_steps(module: GraphModule, loop: DenoisingLoop, skipping: Skipping) ->
     refuse = lambda reason: Refused(Miss("gated steps", loop.calls[0][0].name, reason))
     if isinstance(loop.body, Miss):
         raise Refused(loop.body)
+    if loop.body.writes:
+        raise refuse("the model writes into its inputs, which a condition cannot hold")
     if skipping.predictor.across:
         raise refuse(f"predictor {skipping.predictor.name!r} reads an earlier chunk, which one graph does not hold")
     if not skipping.skip:

@@ -17,15 +17,15 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from li_compile.patterns._compat import free_symbols
-from li_compile.patterns.effects import effect, modes, switches_mode
+from li_compile.patterns.effects import effect, modes, outside_writes, switches_mode, target
 from li_compile.patterns.graph import REGION, placeholders, value
 from li_compile.patterns.loop_body import Body
 
 
-def outline(module: GraphModule, body: Body, name: str) -> list[Node]:
+def outline(module: GraphModule, body: Body, name: str, before: Node | None = None) -> list[Node]:
     """Replace each call of a body by a call of one new region; returns the calls, in order.
 
-    Numbers that differ from call to call become 0-d tensors. Raises ValueError if a call cannot stand in one place.
+    before: where a single call is to stand; None: each where its last node stood, or as near as its operands allow. Numbers that differ from call to call become 0-d tensors. Raises ValueError if a call cannot stand in one place.
     """
     shared = [n for n in body.shared if n.op != "get_attr"]  # attributes are read inside of the region too
     sizes = _symbols(module, [*shared, *(n[0] for n in body.varying)])
@@ -35,7 +35,7 @@ def outline(module: GraphModule, body: Body, name: str) -> list[Node]:
     order = {n: i for i, n in enumerate(graph.nodes)}
     for i in range(body.calls):
         own = sorted(body.of(i), key=order.__getitem__)
-        with graph.inserting_after(own[-1]):
+        with graph.inserting_after(own[-1]) if before is None else graph.inserting_before(before):
             getter = graph.get_attr(name)
         with graph.inserting_after(getter):
             operands = [*shared, *(n[i] for n in body.varying), *sizes]
@@ -128,13 +128,15 @@ def _drop_empty_modes(graph: Graph) -> None:
 def _sort(graph: Graph) -> None:
     """Bring the nodes into an order in which all operands come first, as near as can be to the order that they have.
 
-    What has an effect keeps its order. Raises ValueError where a region would have to run both before and after another node.
+    What has an effect, or reads what another writes into, keeps its order. Raises ValueError where a region would have to run both before and after another node.
     """
     order = {n: i for i, n in enumerate(graph.nodes)}
     edges = nx.DiGraph()
     edges.add_nodes_from(order)
     edges.add_edges_from((operand, node) for node in order for operand in node.all_input_nodes)
-    effects = [n for n in order if switches_mode(n) or (n.op.startswith("call") and effect(n) is not None)]
+    written = {w.base for n in order for w in outside_writes(n)}
+    effects = [n for n in order if switches_mode(n) or (n.op.startswith("call") and (
+        effect(n) is not None or any(target(o) in written for o in n.all_input_nodes)))]
     edges.add_edges_from(zip(effects, effects[1:]))
     output = next(n for n in order if n.op == "output")
     edges.add_edges_from((n, output) for n in order if n is not output)

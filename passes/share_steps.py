@@ -19,7 +19,7 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from li_compile.patterns import DenoisingLoop, Miss
-from li_compile.patterns.effects import RANDOM, WRITES, effect, switches_mode
+from li_compile.patterns.effects import ALIASES, RANDOM, WRITES, effect, outside_writes, switches_mode, target
 from li_compile.patterns.graph import REGION, SDPA, calls, descendants, name_of, source_line, subgraphs
 from li_compile.patterns.loop_body import Body
 from li_compile.patterns.loop_calls import weight_of
@@ -44,14 +44,18 @@ def share_steps(module: GraphModule, loop: DenoisingLoop) -> Record:
         raise _refused(loop.calls[0][0], str(why)) from None
     behind, first = descendants(found) | set(found), _position(found[0])
     before = [n for n in module.graph.nodes if n.op.startswith("call") and n not in behind]
-    # What draws random numbers between the calls keeps its place, or it would draw others.
-    late = {n for n in before if effect(n) is not None and _position(n) > first}
-    late |= descendants(list(late))
+    # What draws random numbers between the calls keeps its place, and so does what reads what the calls write.
+    written = {w.base for call in found for w in outside_writes(call)}
+    late = {n for n in before if _position(n) > first and (
+        effect(n) is not None or any(target(o) in written for o in n.all_input_nodes))}
+    late |= descendants(list(late)) | {n for n in before if name_of(n) in ALIASES and target(n) in written}  # and its views
     if any(_is_heavy(n) for n in before):
-        _region(module, [n for n in before if n not in late], BEFORE)
+        _region(module, [n for n in before if n not in late], BEFORE, found[0].args[0])
     behind = descendants(found := _calls(module)) | set(found)
     ahead = {n for n in behind if descendants([n]) & set(found)} | set(found)
-    after = [n for n in module.graph.nodes if n.op.startswith("call") and n in behind - ahead and not _reads(n, found)]
+    end = _position(found[-1])
+    after = [n for i, n in enumerate(module.graph.nodes) if n.op.startswith("call") and not _reads(n, found) and (
+        n in behind - ahead or i > end and n not in ahead and n.target is not REGION)]
     if any(_is_heavy(n) for n in after):
         _region(module, after, AFTER)
     if (left := _left_over(module)) is not None:
@@ -88,14 +92,14 @@ def _is_heavy(node: Node) -> bool:
     return weight_of(node) is not None or calls(node, SDPA) or node.target is REGION
 
 
-def _region(module: GraphModule, nodes: list[Node], name: str) -> None:
+def _region(module: GraphModule, nodes: list[Node], name: str, before: Node | None = None) -> None:
     """Outline nodes that are called once."""
     own = set(nodes)
     if not own:
         return
     outputs = [n for n in nodes if any(u not in own for u in n.users)]
     operands = dict.fromkeys(o for n in nodes for o in n.all_input_nodes if o not in own)
-    outline(module, Body([(n,) for n in nodes], [(n,) for n in outputs], list(operands), [], []), name)
+    outline(module, Body([(n,) for n in nodes], [(n,) for n in outputs], list(operands), [], []), name, before)
 
 
 def _left_over(module: GraphModule) -> Node | None:

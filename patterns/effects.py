@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
 from torch.fx import Node
 
-from .graph import REGION, SHAPE_ONLY, name_of
+from .graph import REGION, SHAPE_ONLY, ancestors, name_of, placeholders
 
 RANDOM = {"rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "dropout", "bernoulli", "multinomial",
           "normal", "normal_", "uniform_", "native_dropout"}
@@ -16,12 +19,50 @@ WRITES = {"setitem", "copy_", "index_copy_", "scatter_", "index_put_", "add_", "
 ALIASES = SHAPE_ONLY - {"clone", "_to_copy"}
 
 
-def effect(node: Node) -> str | None:
-    """Name of the first operator with an effect at a node or, where it calls a region, to be seen outside of it."""
+def effects(node: Node) -> set[str]:
+    """Names of the operators with an effect at a node or, where it calls a region, to be seen outside of it."""
     if node.target is REGION:
-        sub = getattr(node.graph.owning_module, node.args[0].target)
-        return next((e for n in sub.graph.nodes if (e := effect(n)) is not None and not writes_own(n)), None)
-    return name_of(node) if node.op.startswith("call") and name_of(node) in RANDOM | WRITES else None
+        return {e for n in _inside(node).graph.nodes for e in effects(n) if not writes_own(n)}
+    return {name_of(node)} & (RANDOM | WRITES) if node.op.startswith("call") else set()
+
+
+def effect(node: Node) -> str | None:
+    """One of ``effects``, or None."""
+    return min(effects(node), default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Write:
+    """What an operator writes into, and the nodes that say where in it."""
+
+    base: Node
+    place: tuple[Node, ...]
+
+
+def outside_writes(node: Node) -> list[Write]:
+    """The writes of an operator or a region into what its graph did not make: a cache of keys and values, say."""
+    if node.target is REGION:
+        sub = _inside(node)
+        outer = dict(zip(placeholders(sub.graph), node.args[2:]))
+        return [Write(target(outer[w.base]), tuple(outer[p] for p in ancestors(list(w.place)) if p in outer))
+                for n in sub.graph.nodes for w in outside_writes(n) if w.base in outer and isinstance(outer[w.base], Node)]
+    if name_of(node) not in WRITES or not node.op.startswith("call") or writes_own(node):
+        return []
+    place, at = [x for a in node.args[1:-1] for x in _nodes(a)], node.args[0]
+    while isinstance(at, Node) and at.op.startswith("call"):  # a view: its arguments say where as well
+        place += [x for a in at.args[1:] for x in _nodes(a)]
+        at = at.args[0]
+    return [Write(target(node), tuple(place))]
+
+
+def _nodes(argument) -> list[Node]:
+    found: list[Node] = []
+    torch.fx.node.map_arg(argument, found.append)
+    return found
+
+
+def _inside(call: Node):
+    return getattr(call.graph.owning_module, call.args[0].target)
 
 
 def target(node: Node) -> Node:

@@ -17,7 +17,7 @@ import dataclasses
 import torch
 from torch.fx import GraphModule, Node
 
-from .effects import RANDOM, VALUE_FREE, WRITES, effect, target, writes_own
+from .effects import ALIASES, RANDOM, VALUE_FREE, WRITES, effects, outside_writes, target
 from .graph import REGION, SHAPE_ONLY, Miss, ancestors, descendants, name_of, shape, source_line
 from .loop_body import Body, find_body, same_graph
 from .loop_calls import find_runs
@@ -72,13 +72,13 @@ def _read_loop(nodes: list[Node], steps: list[list[Node]], branches: int) -> Den
         if not out or [(name_of(n), str(shape(n))) for n in out] != [(name_of(n), str(shape(n))) for n in outputs[0]]:
             return refuse(f"call {i} of the repeated model hands on other values than call 0", step[0])
         for node in nodes[order[step[0]]:order[step[-1]] + 1]:
-            if (what := effect(node)) is None:
+            if not (found := effects(node)):
                 continue
-            if body is None and writes_own(node):  # into what the call made for itself, if the folded call holds it
+            if body is None:  # what a call writes is no matter if it is its own, or written again by the call that follows
                 body = _fold(steps, outputs, branches)
                 own = {n for k in body.nodes for n in k} if isinstance(body, Body) else set()
-            if node not in own:
-                return refuse(f"the model draws random numbers or writes in place ({what})", node)
+            if node not in own or found & RANDOM:
+                return refuse(f"the model draws random numbers or writes in place ({', '.join(sorted(found))})", node)
     numbers, free = _value_numbers(nodes), lambda n: name_of(n) in VALUE_FREE
     for i in range(1, len(steps)):
         if not set(outputs[i - 1]) & set(ancestors(steps[i])):
@@ -96,6 +96,8 @@ def _read_loop(nodes: list[Node], steps: list[list[Node]], branches: int) -> Den
                           steps[i][0])
     form = "regions" if any(n.target is REGION for s in steps for n in s) else "unrolled"
     body = body or _fold(steps, outputs, branches)
+    if isinstance(body, Body) and (why := _rewritten(body, branches, nodes, numbers)) is not None:
+        return refuse(*why)
     if isinstance(body, Body) and (data := _data(body, outputs, numbers)) is not None:
         return refuse(f"the calls read different data, each as much as a state ({data.name}): a loop over a sequence, no "
                       "denoising loop", data)
@@ -125,11 +127,33 @@ def _data(body: Body, outputs: list[list[Node]], numbers: dict[Node, int]) -> No
     return None
 
 
+def _rewritten(body: Body, branches: int, nodes: list[Node], numbers: dict[Node, int]) -> tuple[str, Node] | None:
+    """Why a call's writes into inputs (a cache of keys and values) are not made again by the last call, with the node.
+
+    They are if all steps write in the same places of the same tensors and, until the last has, nobody else reads these.
+    """
+    inside, bases = {n for k in body.nodes for n in k}, set()
+    for corresponding in body.nodes:
+        for mine in (corresponding[b::branches] for b in range(branches)):
+            writes = [[(w.base, [numbers[p] for p in w.place]) for w in outside_writes(n)] for n in mine]
+            if any(w != writes[0] for w in writes):
+                return f"the calls write into different places ({name_of(mine[0])})", mine[0]
+            bases |= {base for base, _ in writes[0]}
+    if not bases:
+        return None
+    order = {n: i for i, n in enumerate(nodes)}
+    first, last = min(map(order.get, inside)), max(map(order.get, inside))
+    for node in nodes[first:last]:
+        if node not in inside and any(target(n) in bases for n in node.all_input_nodes) and name_of(node) not in ALIASES:
+            return f"what the calls write into is read between them ({name_of(node)})", node
+    return None
+
+
 def _outputs(anchors: list[Node], order: dict[Node, int], end: int) -> list[Node]:
     """Nodes computed by one step (its anchors, what lies between them, reshapes behind them) that are used elsewhere."""
     behind, before = descendants(anchors), set(ancestors(anchors))
     inside = set(anchors) | (behind & before)
-    for node in sorted((n for n in behind - inside if order[n] < order[anchors[-1]] and writes_own(n)), key=order.get):
+    for node in sorted((n for n in behind - inside if order[n] < order[anchors[-1]] and name_of(n) in WRITES), key=order.get):
         if target(node) in before:  # no edge leads from here to who reads what it wrote
             inside |= {node} | (behind & set(ancestors([node])))
     grown = True

@@ -19,7 +19,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
-from .effects import RANDOM, WRITES, switches_mode, target, writers, writes_own
+from .effects import RANDOM, WRITES, outside_writes, switches_mode, target, writers, writes_own
 from .graph import Miss, ancestors, descendants, name_of, shape, source_line, value
 
 Nodes = tuple[Node, ...]  # corresponding nodes, one a call
@@ -51,6 +51,11 @@ class Body:
     def calls(self) -> int:
         return len(self.outputs[0])
 
+    @property
+    def writes(self) -> bool:
+        """Whether a call writes into what is not its own, as into a cache of keys and values."""
+        return any(outside_writes(n[0]) for n in self.nodes)
+
     def of(self, call: int) -> list[Node]:
         """The nodes of one call."""
         return [n[call] for n in self.nodes]
@@ -66,7 +71,11 @@ def leaves(node: Node) -> list:
 def find_body(calls: list[list[Node]], outputs: list[list[Node]]) -> Body | Miss:
     """Fold calls with these anchors and these outputs, or say where two of them differ."""
     inner = [set(anchors) | (descendants(anchors) & set(ancestors(out))) for anchors, out in zip(calls, outputs)]
-    walk = _Walk(list(zip(*outputs)), inner)
+    order = {n: i for i, n in enumerate(calls[0][0].graph.nodes)}
+    kept = [[n for n in order if order[c[0]] < order[n] < order[c[-1]] and name_of(n) in WRITES and outside_writes(n)] for c in calls]
+    if len({len(k) for k in kept}) > 1:
+        return _miss(calls[0][0], "the calls write into their inputs a different number of times")
+    walk = _Walk(list(zip(*outputs)), list(zip(*kept)), inner)
     while True:
         try:
             walk.run()
@@ -74,7 +83,7 @@ def find_body(calls: list[list[Node]], outputs: list[list[Node]]) -> Body | Miss
             return found.miss
         own = [{n[i] for n in walk.body} for i in range(len(calls))]
         # What something else reads too is an operand, or it would be computed twice (the state, a time of two branches).
-        read = {nodes for nodes in walk.body if nodes not in walk.roots and any(
+        read = {nodes for nodes in walk.body if nodes not in walk.roots and nodes not in walk.kept and any(
             user not in own[i] for i, n in enumerate(nodes) for user in n.users)}
         if not read:
             break
@@ -82,10 +91,9 @@ def find_body(calls: list[list[Node]], outputs: list[list[Node]]) -> Body | Miss
     missing = next((a for anchors, mine in zip(calls, own) for a in anchors if a not in mine), None)
     if missing is not None:
         return _miss(missing, "a part of the model has no influence on what the call hands on")
-    foreign = next((n[0] for n in walk.body if name_of(n[0]) in WRITES and target(n[0]) not in own[0]), None)
+    foreign = next((n[0] for n in walk.body if name_of(n[0]) in WRITES and n not in walk.kept and target(n[0]) not in own[0]), None)
     if foreign is not None:
-        return _miss(foreign, f"the model writes in place into what it did not make ({name_of(foreign)})")
-    order = {n: i for i, n in enumerate(calls[0][0].graph.nodes)}
+        return _miss(foreign, f"the model writes in place into what the sampling loop made ({name_of(foreign)})")
     nodes = sorted(walk.body, key=lambda n: order[n[0]])
     numbers = [Number(k, leaf, values) for k, n in enumerate(nodes) for leaf, values in walk.numbers.get(n, [])]
     return Body(nodes, walk.roots, list(walk.shared), list(walk.varying), numbers)
@@ -101,10 +109,10 @@ class _Differs(Exception):
 
 
 class _Walk:
-    """One walk back from the roots; ``stops``: tuples that are operands, whatever they are."""
+    """One walk back from the roots and from writes into inputs (``kept``); ``stops``: tuples that are operands in any case."""
 
-    def __init__(self, roots: list[Nodes], inner: list[set[Node]]) -> None:
-        self.roots, self.inner, self.stops = roots, inner, set()
+    def __init__(self, roots: list[Nodes], kept: list[Nodes], inner: list[set[Node]]) -> None:
+        self.roots, self.kept, self.inner, self.stops = roots, kept, inner, set()
 
     def run(self) -> None:
         # Dictionaries for their order: operands are found in the same order in every run.
@@ -113,7 +121,7 @@ class _Walk:
         self.varying: dict[Nodes, None] = {}
         self.numbers: dict[Nodes, list[tuple[int, tuple]]] = {}
         self.written: set[Nodes] = set()
-        todo = list(reversed(self.roots))
+        todo = list(reversed([*self.roots, *self.kept]))
         while todo:
             nodes = todo.pop()
             if nodes in self.body or nodes in self.varying or nodes[0] in self.shared:
@@ -138,8 +146,8 @@ class _Walk:
 
     def _enters(self, nodes: Nodes) -> bool:
         """Whether nodes are part of the body; raises if they must be and cannot."""
-        needed = nodes in self.written or any(n in mine for n, mine in zip(nodes, self.inner))
-        reason, numbers = _compare(nodes)
+        needed = nodes in self.written or nodes in self.kept or any(n in mine for n, mine in zip(nodes, self.inner))
+        reason, numbers = _compare(nodes, kept=nodes in self.kept)
         if reason is None and numbers and not (needed and nodes[0].target in ARITHMETIC and all(
                 isinstance(v, float) for _, values in numbers for v in values)):
             reason = f"the calls differ in a constant of {name_of(nodes[0])} ({numbers[0][1][0]}, {numbers[0][1][1]})"
@@ -153,12 +161,12 @@ class _Walk:
         return True
 
 
-def _compare(nodes: Nodes) -> tuple[str | None, list[tuple[int, tuple]]]:
+def _compare(nodes: Nodes, kept: bool) -> tuple[str | None, list[tuple[int, tuple]]]:
     """Why nodes do not correspond (None if they do), and where numbers among their arguments differ."""
     first = nodes[0]
     if first.op not in ("call_function", "call_method"):
         return f"the calls read different inputs, {first.name} and {nodes[1].name}", []
-    if name_of(first) in RANDOM or switches_mode(first) or name_of(first) in WRITES and not writes_own(first):
+    if name_of(first) in RANDOM or switches_mode(first) or name_of(first) in WRITES and not (kept or writes_own(first)):
         return f"{name_of(first)} has an effect", []
     for other in nodes[1:]:
         if (other.op, other.target) != (first.op, first.target) or _structure(other) != _structure(first):

@@ -33,6 +33,23 @@ class Denoiser(nn.Module):
         return self.end(x)
 
 
+class Remembering(Denoiser):
+    """A denoiser that keeps what each block read in a cache [blocks, B, slots, 8], as causal models keep keys and values:
+    a call writes the slot of its chunk and reads all slots up to it."""
+
+    def forward(self, x, time, condition, cache, slot=2, how="setitem"):
+        x = self.start(x) + self.time(time) + self.condition(condition)
+        for i, block in enumerate(self.blocks):
+            if how == "setitem":
+                cache[i, :, slot] = x
+            elif how == "copy_":
+                cache[i, :, slot].copy_(x)
+            else:
+                cache[i].index_copy_(1, torch.full((1,), slot, device=x.device), x[:, None])
+            x = self.run(block, x + cache[i, :, :slot + 1].mean(1))
+        return self.end(x)
+
+
 plainly = lambda model, *args: model(*args)
 FORMS = {
     "unrolled": (lambda **options: Denoiser(**options), plainly),

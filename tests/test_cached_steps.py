@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from samplers import FORMS, GUIDANCE, Denoiser, alone, euler, guided, renoise, shifted, skipping, unipc
+from samplers import FORMS, GUIDANCE, Denoiser, Remembering, alone, euler, guided, renoise, shifted, skipping, unipc
 from torch import nn
 from tracing import Traced, relative
 
@@ -210,6 +210,35 @@ def test_an_update_in_place_is_left_where_it_is():
     compiled = Traced(sample, *inputs()).compile(**ALWAYS)
     assert "iadd stands between the calls of the sampling loop" in compiled.reasons
     assert relative(run(compiled, *inputs()), run(euler(velocity, LEVELS, skip=(1, 2)), *inputs())) <= 1e-5
+
+
+@pytest.mark.parametrize("how", ["setitem", "copy_"])
+@pytest.mark.parametrize("clean", [False, True], ids=["", "written once more at the end"])
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_a_cache_of_keys_and_values(how, clean, lowering):
+    """Self-Forcing: each call writes the chunk's slot of a cache, and a last one the clean state's. Results and cache are
+    what they would be, with the steps skipped as by hand."""
+    model = Remembering()
+
+    def sample(x, condition, cache, skip=()):
+        v = None
+        for i, (sigma, following) in enumerate(zip(LEVELS, LEVELS[1:])):
+            if i not in skip:
+                v = model(x, torch.full_like(condition, sigma), condition, cache, 2, how)
+            x = (x - sigma * v) * (1 - following) + following * torch.randn_like(x)
+        if clean:
+            model(x, torch.zeros_like(condition), condition, cache, 2, how)
+        return x
+
+    empty, given = torch.randn(2, 3, 5, 8), inputs()
+    traced = Traced(sample, *given, empty.clone())
+    off = traced.compile(preset="cache", lowering=lowering)
+    on = traced.compile(**ALWAYS, lowering=lowering)
+    assert off.report.counts()["share_steps"] == 4 and on.report.counts()["cached_steps"] == 2
+    for compiled, skip in ((off, ()), (on, (1, 2))):
+        got, want = empty.clone(), empty.clone()
+        assert relative(run(compiled, *given, got), run(lambda *a: sample(*a, skip=skip), *given, want)) <= 1e-5
+        assert relative(got, want) <= 1e-5 and not torch.equal(got, empty)
 
 
 @pytest.mark.parametrize("mine", [True, False], ids=["own buffer", "the caller's"])

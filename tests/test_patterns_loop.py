@@ -6,7 +6,7 @@ import networkx as nx
 import pytest
 import torch
 import torch.nn.functional as F
-from samplers import FORMS, GUIDANCE, Denoiser, alone, euler, renoise, shifted, unipc
+from samplers import FORMS, GUIDANCE, Denoiser, Remembering, alone, euler, renoise, shifted, unipc
 from torch import nn
 from tracing import Traced, world_inputs
 
@@ -242,16 +242,34 @@ def test_a_model_with_effects_is_left_alone(form, inside):
     assert loop is None and "draws random numbers or writes in place" in reason
 
 
-def test_a_model_that_writes_into_its_inputs_is_left_alone():
-    """A cache of keys and values, written by each call: skipping a call would leave it as it was."""
-    cache, model = torch.zeros(3, 8), Denoiser()
+def remembering(how="setitem", slot=lambda i: 2, between=lambda cache: 0.0):
+    """A sampler of a model that writes into a cache. slot: at step i; between: what else is made of the cache."""
+    model = Remembering()
 
-    def keep(x):
-        cache[:] = x
-        return x + cache
+    def sample(x, condition, cache):
+        for i, (sigma, following) in enumerate(zip(LINE, LINE[1:])):
+            v = model(x, torch.full_like(condition, sigma), condition, cache, slot(i), how)
+            x = x + v * (following - sigma) + between(cache)
+        return x
 
-    loop, reason = find(euler(alone(Denoiser(inside=keep)), LINE))
-    assert loop is None and "writes in place (setitem)" in reason
+    return sample, [torch.randn(3, 4), torch.randn(3, 1), torch.randn(2, 3, 5, 8)]
+
+
+@pytest.mark.parametrize("how", ["setitem", "copy_", "index_copy_"])
+def test_a_cache_that_every_call_writes_in_the_same_place(how):
+    loop, _ = find(*remembering(how))
+    check(loop, 4, "unrolled")
+    assert loop.body.writes
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    ({"slot": lambda i: i}, "writes in place (setitem)"),
+    ({"between": lambda cache: cache.mean() * 1e-3}, "what the calls write into is read between them"),
+])
+def test_a_cache_that_others_see(options, says):
+    """Skipping a call would show: each writes a slot of its own, or something reads the cache between the calls."""
+    loop, reason = find(*remembering(**options))
+    assert loop is None and says in reason
 
 
 def in_place(read, model=None):
