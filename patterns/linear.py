@@ -168,11 +168,9 @@ class Reader:
         found = self.operand(x)
         if not isinstance(found, Linear | Blocks):
             return found
-        few = isinstance(x, Node) and x not in self.depends and x not in self.atoms and not (found.nodes() & (
-            self.atoms | self.depends)) if isinstance(found, Linear) else False
-        if few and found.shape and math.prod(found.shape) * SMALL <= math.prod(like):
-            return self._symbol(x)
-        return None
+        independent = isinstance(found, Linear) and not {x, *found.nodes()} & (self.atoms | self.depends)
+        few = bool(found.shape) and math.prod(found.shape) * SMALL <= math.prod(like)
+        return self._symbol(x) if independent and few else None
 
 
 def number(x: object) -> sympy.Expr:

@@ -309,7 +309,7 @@ def test_weights_are_known_as_such_to_the_compiler(monkeypatch):
     sample = euler(alone(Denoiser()), LEVELS)
     for options in ({"preset": "off"}, {"preset": "exact"}, {"preset": "exact", "exact.shared_steps": False}):
         torch._dynamo.reset()
-        with torch.no_grad():
+        with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
             torch.compile(sample, backend="light_interaction", options=options)(*inputs())
     assert [len(f) for f in found] == [12, 12, 12]
 
