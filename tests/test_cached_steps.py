@@ -302,14 +302,22 @@ def test_autocast_around_the_loop_is_left_where_it_is():
 
 def test_weights_are_known_as_such_to_the_compiler(monkeypatch):
     """Or CUDA graphs would copy them at each call: shared or whole, as in the graph that Dynamo traced."""
-    from torch._inductor import compile_fx
+    from torch._dynamo.backends.common import aot_autograd
 
-    found, real = [], compile_fx.get_static_input_idxs
-    monkeypatch.setattr(compile_fx, "get_static_input_idxs", lambda count: found.append(real(count)) or found[-1])
+    from li_compile import _compat
+
+    found = []
+
+    def compile_forward(module, _):
+        found.append(torch._guards.TracingContext.get().fw_metadata.static_input_indices)
+        return module.forward
+
+    backend = aot_autograd(fw_compiler=compile_forward)
+    monkeypatch.setattr(_compat, "inductor", lambda module, inputs, patches, key: backend(module, inputs))
     sample = euler(alone(Denoiser()), LEVELS)
     for options in ({"preset": "off"}, {"preset": "exact"}, {"preset": "exact", "exact.shared_steps": False}):
         torch._dynamo.reset()
-        with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        with torch.no_grad():
             torch.compile(sample, backend="light_interaction", options=options)(*inputs())
     assert [len(f) for f in found] == [12, 12, 12]
 
