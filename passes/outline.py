@@ -25,9 +25,14 @@ from li_compile.patterns.loop_body import Body
 def outline(module: GraphModule, body: Body, name: str, before: Node | None = None) -> list[Node]:
     """Replace each call of a body by a call of one new region; returns the calls, in order.
 
-    before: where a single call is to stand; None: each where its last node stood, or as near as its operands allow. Numbers that differ from call to call become 0-d tensors. Raises ValueError if a call cannot stand in one place.
+    before: where a single call is to stand; None: each where its last node stood, or as near as its operands allow.
+    Numbers that differ from call to call become 0-d tensors. Raises ValueError if a call cannot stand in one place, or
+    would have to take or give something else than tensors and numbers.
     """
     shared = [n for n in body.shared if n.op != "get_attr"]  # attributes are read inside of the region too
+    odd = next((n for n in (*shared, *(n[0] for n in (*body.varying, *body.outputs))) if isinstance(value(n), (tuple, list))), None)
+    if odd is not None:
+        raise ValueError(f"{odd.name} holds several values and would cross the border of a region")
     sizes = _symbols(module, [*shared, *(n[0] for n in body.varying)])
     sub = _region(module, body, sizes)
     module.add_submodule(name, sub)

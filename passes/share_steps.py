@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 
 from li_compile.patterns import DenoisingLoop, Miss
 from li_compile.patterns.effects import ALIASES, RANDOM, WRITES, effect, outside_writes, switches_mode, target
-from li_compile.patterns.graph import REGION, SDPA, calls, descendants, name_of, source_line, subgraphs
+from li_compile.patterns.graph import REGION, SDPA, ancestors, calls, descendants, name_of, source_line, subgraphs
 from li_compile.patterns.loop_body import Body
 from li_compile.patterns.loop_calls import weight_of
 
@@ -40,24 +40,10 @@ def share_steps(module: GraphModule, loop: DenoisingLoop) -> Record:
         raise Refused(loop.body)
     try:
         found = outline(module, loop.body, STEP)
+        _before(module, found)
+        _after(module, found)
     except ValueError as why:
         raise _refused(loop.calls[0][0], str(why)) from None
-    behind, first = descendants(found) | set(found), _position(found[0])
-    before = [n for n in module.graph.nodes if n.op.startswith("call") and n not in behind]
-    # What draws random numbers between the calls keeps its place, and so does what reads what the calls write.
-    written = {w.base for call in found for w in outside_writes(call)}
-    late = {n for n in before if _position(n) > first and (
-        effect(n) is not None or any(target(o) in written for o in n.all_input_nodes))}
-    late |= descendants(list(late)) | {n for n in before if name_of(n) in ALIASES and target(n) in written}  # and its views
-    if any(_is_heavy(n) for n in before):
-        _region(module, [n for n in before if n not in late], BEFORE, found[0].args[0])
-    behind = descendants(found := _calls(module)) | set(found)
-    ahead = {n for n in behind if descendants([n]) & set(found)} | set(found)
-    end = _position(found[-1])
-    after = [n for i, n in enumerate(module.graph.nodes) if n.op.startswith("call") and not _reads(n, found) and (
-        n in behind - ahead or i > end and n not in ahead and n.target is not REGION)]
-    if any(_is_heavy(n) for n in after):
-        _region(module, after, AFTER)
     if (left := _left_over(module)) is not None:
         raise _refused(left, f"{name_of(left)} stands between the calls of the sampling loop and cannot run by itself: it "
                        "reads weights, writes in place (x += y for x = x + y), or is under an autocast of its own")
@@ -71,21 +57,32 @@ def shared_regions(module: GraphModule) -> list[str]:
     return [name for name in subgraphs(module) if name in (BEFORE, STEP, AFTER)]
 
 
+def _before(module: GraphModule, found: list[Node]) -> None:
+    """Outline what depends on no call, if it reads weights."""
+    behind, order = descendants(found) | set(found), {n: i for i, n in enumerate(module.graph.nodes)}
+    before = [n for n in order if n.op.startswith("call") and n not in behind]
+    if not any(_is_heavy(n) for n in before):
+        return
+    # What draws random numbers between the calls keeps its place, and so does what reads what the calls write.
+    written = {w.base for call in found for w in outside_writes(call)}
+    late = {n for n in before if order[n] > order[found[0]] and (
+        effect(n) is not None or any(target(o) in written for o in n.all_input_nodes))}
+    late |= descendants(list(late)) | {n for n in before if name_of(n) in ALIASES and target(n) in written}  # and its views
+    _region(module, [n for n in before if n not in late], BEFORE, found[0].args[0])
+
+
+def _after(module: GraphModule, found: list[Node]) -> None:
+    """Outline what no call depends on, if it reads weights."""
+    behind, ahead = descendants(found), set(ancestors(found))
+    last = next(i for i, n in enumerate(module.graph.nodes) if n is found[-1])
+    after = [n for i, n in enumerate(module.graph.nodes) if n.op.startswith("call") and n not in ahead and (
+        n in behind or i > last and n.target is not REGION) and not (n.args and n.args[0] in found)]
+    if any(_is_heavy(n) for n in after):
+        _region(module, after, AFTER)
+
+
 def _refused(node: Node, reason: str) -> Refused:
     return Refused(Miss("shared steps", node.name, reason, source_line(node)))
-
-
-def _calls(module: GraphModule) -> list[Node]:
-    return [n for n in module.graph.nodes if n.target is REGION and n.args[0].target == STEP]
-
-
-def _position(node: Node) -> int:
-    return next(i for i, n in enumerate(node.graph.nodes) if n is node)
-
-
-def _reads(node: Node, found: list[Node]) -> bool:
-    """Whether a node only takes a call's result apart."""
-    return node.args and node.args[0] in found
 
 
 def _is_heavy(node: Node) -> bool:
@@ -104,8 +101,9 @@ def _region(module: GraphModule, nodes: list[Node], name: str, before: Node | No
 
 def _left_over(module: GraphModule) -> Node | None:
     """A node that reads weights or depends on a mode, or that writes in place between the calls; all else runs as it stands."""
-    last = _position(_calls(module)[-1])
-    for i, node in enumerate(module.graph.nodes):
+    nodes = list(module.graph.nodes)
+    last = max(i for i, n in enumerate(nodes) if n.target is REGION and n.args[0].target == STEP)
+    for i, node in enumerate(nodes):
         if node.op.startswith("call") and not (node.target is REGION and node.args[0].target in (BEFORE, STEP, AFTER)):
             if _is_heavy(node) or switches_mode(node) or i < last and name_of(node) in WRITES - RANDOM:
                 return node
