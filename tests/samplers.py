@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -171,3 +172,24 @@ def _correct(x, clean, m, sigmas, i, order, lam):
     # The two equations a + b = b1, r a + b = b2 of the paper's linear system.
     a = (b2 - b1) / (r - 1)
     return out - (1 - sigmas[i]) * phi * (a * (clean[-2] - clean[-1]) / r + (b1 - a) * (m - clean[-1]))
+
+
+def in_two_threads(rollout: Callable[[int, Callable[[], None]], None]) -> None:
+    """Run rollout(0, meet) and rollout(100, meet) at once; meet() waits for the other. What either raises is raised here."""
+    barrier, raised = threading.Barrier(2, timeout=60), []
+
+    def run(base):
+        try:
+            rollout(base, barrier.wait)
+        except BaseException as error:  # noqa: BLE001 - a thread's error would be lost
+            barrier.abort()
+            raised.append(error)
+
+    threads = [threading.Thread(target=run, args=(base,)) for base in (0, 100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not any(thread.is_alive() for thread in threads)
+    for error in raised:
+        raise error

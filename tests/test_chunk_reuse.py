@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import threading
 
 import pytest
 import torch
-from samplers import Denoiser, alone, euler, shifted
+from samplers import Denoiser, alone, euler, in_two_threads, shifted
 from test_policy import forward_back, left_right
 from tracing import Traced, dynamic, relative, world_inputs
 
@@ -271,23 +270,15 @@ def test_two_sessions_on_one_compiled_function(velocity, traced):
 
 
 def test_sessions_in_threads(velocity, traced):
-    compiled, condition, wrong = traced.compile(**PREVIOUS), inputs()[1], []
-    barrier = threading.Barrier(2, timeout=60)
+    compiled, condition = traced.compile(**PREVIOUS), inputs()[1]
 
-    def rollout(base):
+    def rollout(base, meet):
         earlier = outputs_of(velocity, inputs(base, condition))
         with session():
             for i in range(5):
                 given = inputs(base + i, condition)
-                barrier.wait()
+                meet()
                 got = compiled(*given)
-                want = changed(velocity, given, earlier) if i else by_hand(velocity, given, ())
-                if relative(got, want) > 1e-5:
-                    wrong.append((base, i))
+                assert relative(got, changed(velocity, given, earlier) if i else by_hand(velocity, given, ())) <= 1e-5
 
-    threads = [threading.Thread(target=rollout, args=(base,)) for base in (0, 100)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not wrong and not any(t.is_alive() for t in threads)
+    in_two_threads(rollout)

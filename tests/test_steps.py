@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
-from samplers import Denoiser, euler, guided_batch, shifted, unipc
+from samplers import Denoiser, euler, in_two_threads, shifted, unipc
 from test_policy import forward_back
 from torch import nn
 from tracing import relative
@@ -315,24 +313,16 @@ def test_sessions_in_threads(chunk):
     model = Counted()
     with torch.no_grad():
         chunk(model)  # compile in one place
-    wrong, barrier = [], threading.Barrier(2, timeout=60)
 
-    def rollout(base):
+    def rollout(base, meet):
         session = model.session()
         for i in range(4):
-            barrier.wait()
+            meet()
             with session.chunk(4 * i):
                 got = chunk(model, seed=base + i)
-            want = chunk(model.model, seed=base + i, skip=(1, 2) if i else ())
-            if relative(got, want) > 1e-6:
-                wrong.append((base, i))
+            assert relative(got, chunk(model.model, seed=base + i, skip=(1, 2) if i else ())) <= 1e-6
 
-    threads = [threading.Thread(target=rollout, args=(base,)) for base in (0, 100)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert not wrong and not any(t.is_alive() for t in threads)
+    in_two_threads(rollout)
 
 
 def test_a_chunk_inside_a_chunk():
