@@ -60,6 +60,18 @@ def listed(rule: Rule) -> Rule:
     return Rule(f"a tuple, each {rule.allowed}", parse)
 
 
+def ascending(low: int, high: int = 1 << 20) -> Rule:
+    def parse(value: Any) -> tuple[int, ...]:
+        items = tuple(integer(low, high).parse(item) for item in accept(isinstance(value, (tuple, list)), value))
+        return accept(items != () and all(a < b for a, b in zip(items, items[1:])), items)
+
+    return Rule(f"ascending whole numbers from {low}", parse)
+
+
+def one_of(*names: str) -> Rule:
+    return Rule(" or ".join(map(repr, names)), lambda value: accept(value in names, value))
+
+
 def optional(rule: Rule) -> Rule:
     return Rule(f"None or {rule.allowed}", lambda value: None if value is None else rule.parse(value))
 

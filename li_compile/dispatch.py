@@ -12,12 +12,16 @@ import torch
 from li_compile import _compat
 from li_compile.config import Config
 from li_compile.errors import PoseError
-from li_compile.patterns import CONTEXT, Miss
+from li_compile.loops import LoopRun, LoopVariant
+from li_compile.patterns import CONTEXT
 from li_compile.patterns.graph import placeholders
-from li_compile.pipeline import Facts, build, can_reuse
+from li_compile.pipeline import Base, Facts, build, prepare
 from li_compile.policy import ChunkPlan, plan_context
+from li_compile.regions import lower_regions
 from li_compile.report import GraphReport
+from li_compile.reuse import can_reuse, why_not
 from li_compile.session import Session
+from li_compile.steps import StepRun, why_no_step
 
 Variant = tuple[int | None, bool]
 
@@ -35,39 +39,45 @@ class Dispatcher:
         self.facts, self.config, self.lower, self.report = facts, config, lower, report
         self.names = [p.name for p in placeholders(facts.module.graph)]
         self.lock = threading.Lock()
-        self.compiled: dict[Variant, Callable] = {}
-        context, loop = facts.context, facts.loop
-        self.prunes = context is not None and config.context.enabled
+        self.compiled: dict[Variant, LoopVariant] = {}
+        # Of each context length: the graph before its variants part, and the regions that they share, compiled.
+        self.bases: dict[int | None, tuple[Base, dict[str, Callable]]] = {}
+        self.prunes = facts.context is not None and config.context.enabled
         self.reuses = can_reuse(facts, config)
-        if loop is not None and config.cache.enabled and loop.steps < config.cache.min_steps:
-            report.misses.append(Miss("cached steps", loop.calls[0][0].name, f"{loop.steps} denoising steps, reuse needs "
-                                      f"at least {config.cache.min_steps}: the first and the last are always computed"))
-        elif loop is not None and config.cache.enabled and context is None:
-            report.misses.append(Miss("cached steps", loop.calls[0][0].name, "no context with camera poses that could "
-                                      "say when the camera is back where it was"))
+        self.loop = LoopRun(facts, config) if self.reuses else None
+        called = facts.loop is None and config.cache.enabled  # perhaps step by step, from a loop in Python
+        self.no_step = why_no_step(facts) if called else None
+        self.step = StepRun(facts, config) if called and self.no_step is None else None
+        if facts.loop is not None and config.cache.enabled and (miss := why_not(facts, config)) is not None:
+            report.misses.append(miss)
         if not self.prunes:
             for reuse in (False, True) if self.reuses else (False,):
                 self._add((None, reuse), inputs, fakes, _compat.fake_mode_of(fakes))
 
     def __call__(self, *args: Any):
-        variant, plan = (None, False), None
-        if self.prunes or self.reuses:
+        plan, given = None, args
+        if self.prunes or self.reuses and self.facts.context is not None:
             plan = self.plan(args)
-            variant = (len(plan.indices) if self.prunes else None, plan.reuse and self.reuses)
             if self.prunes:
                 args = self.select(args, plan)
+        session = Session.current()
+        plan = plan or self._unplanned()
+        chunk = self.loop.begin(session, plan, given) if self.loop is not None else None
+        variant = (len(plan.indices) if self.prunes else None, chunk is not None and chunk.reuse)
         run = self.compiled.get(variant)
         if run is None:
             run = self._compile_now(variant, args)
-        session = Session.current()
-        plan = plan or self._unplanned()
-        if session is None or plan is None:
-            return run(*args)
+        scope = session.scope if session is not None else None
+        if scope is not None and self.facts.loop is None:
+            if self.step is not None:
+                return self.step.call(scope, given, lambda: run(args))
+            scope.reasons += [self.no_step.reason] if self.no_step is not None else []
         start = time.perf_counter()
-        out = run(*args)
-        steps = self.facts.loop.steps if self.facts.loop is not None else None
-        calls = (2 if variant[1] else steps) if steps is not None else None
-        session.record(plan, steps=steps, calls=calls, seconds=time.perf_counter() - start)
+        out = run(args) if chunk is None else chunk.run(run, args)
+        if session is not None and plan is not None:
+            steps = self.facts.loop.steps if self.facts.loop is not None else None
+            done = {"calls": steps} if chunk is None else chunk.done
+            session.record(plan if chunk is None else chunk.plan, steps=steps, seconds=time.perf_counter() - start, **done)
         return out
 
     def _unplanned(self) -> ChunkPlan | None:
@@ -108,7 +118,7 @@ class Dispatcher:
             selected[self.names.index(name)] = len(plan.indices)
         return selected
 
-    def _compile_now(self, variant: Variant, args: Sequence[Any]) -> Callable:
+    def _compile_now(self, variant: Variant, args: Sequence[Any]) -> LoopVariant:
         with self.lock:
             if variant not in self.compiled:
                 mode, fakes = _compat.static_fakes(args)
@@ -116,9 +126,13 @@ class Dispatcher:
             return self.compiled[variant]
 
     def _add(self, variant: Variant, inputs: Sequence[Any], fakes: Sequence[Any], mode) -> None:
-        module, report = build(self.facts, self.config, fakes, mode, kept=variant[0], reuse=variant[1])
+        kept, reuse = variant
+        if kept not in self.bases:
+            self.bases[kept] = prepare(self.facts, self.config, fakes, mode, kept), {}
+        base, regions = self.bases[kept]
+        module, report = build(self.facts, self.config, fakes, mode, kept=kept, reuse=reuse, base=base)
         self.report.variants.append(report)
-        self.compiled[variant] = self.lower(module, inputs)
+        self.compiled[variant] = LoopVariant.of(self.facts, module, lower_regions(module, inputs, self.lower, regions))
 
 
 def _same(poses: torch.Tensor) -> bool:

@@ -17,3 +17,9 @@ def hint(size) -> int | None:
     if isinstance(size, torch.SymInt):
         return None if size.node.hint is None else int(size.node.hint)
     return int(size)
+
+
+def free_symbols(x) -> set:
+    """The size symbols that occur in a tensor's sizes and strides or in a symbolic number (2.11 to 2.14: ``SymInt.node``)."""
+    numbers = (*x.shape, *x.stride(), x.storage_offset()) if isinstance(x, torch.Tensor) else (x,)
+    return set().union(*(n.node.expr.free_symbols for n in numbers if isinstance(n, torch.SymInt)))
