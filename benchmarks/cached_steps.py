@@ -59,8 +59,11 @@ class Policy:
     @property
     def name(self) -> str:
         skipped = "1, 2" if self.skip is None else str(self.skip[0])
-        guard = f", guard {self.guard:g}" if self.guard is not None else ""
-        return f"{self.predictor}, skips {skipped}, {self.gate}{guard}"
+        return f"{self.predictor}, skips {skipped}, {self.gating}"
+
+    @property
+    def gating(self) -> str:
+        return self.gate + (f", guard {self.guard:g}" if self.guard is not None else "")
 
     def config(self) -> li_compile.Config:
         return li_compile.Config.from_options({"preset": "cache", "cache.predictor": self.predictor, "cache.skip": self.skip,
@@ -198,11 +201,11 @@ def summary(rows: list[dict]) -> list[dict]:
         if not mine:
             continue
         per = [[r for r in mine if r["trajectory"] == t] for t in dict.fromkeys(r["trajectory"] for r in mine)]
-        mean = lambda key: statistics.mean(statistics.mean(r[key] for r in rs) for rs in per)
+        mean = lambda key: statistics.mean(statistics.mean(r.get(key, 0.0) for r in rs) for rs in per)
         reused = [r for r in mine if r["reuse"]]
         of_reused = lambda key: statistics.mean(r[key] for r in reused) if reused else None
-        table.append({"policy": policy.name, "calls": mean("calls"), "error": mean("error"), "reused": len(reused),
-                      "chunks": len(mine), "default": policy == DEFAULT,
+        table.append({"policy": policy.name, "calls": mean("calls"), "error": mean("error"), "truth": mean("psnr_truth"),
+                      "reused": len(reused), "chunks": len(mine), "default": policy == DEFAULT,
                       **{k: of_reused(k) for k in ("psnr_dense", "psnr_truth", "ssim_truth", "sharpness")}})
     for row in table:
         row["front"] = not any(o["calls"] <= row["calls"] and o["error"] <= row["error"] and
@@ -221,8 +224,26 @@ def show(rows: list[dict]) -> None:
 
 
 @app.command()
+def correlations(measured: pathlib.Path = OUT) -> None:
+    """How well the error of a reused chunk is told by its own drift, by that of the chunk before, and by the view overlap."""
+    always, pairs = Policy("hold", None, "always", None), {"drift": [], "drift before": [], "view overlap": []}
+    rows = {(r["trajectory"], r["chunk"]): r for r in json.loads(measured.read_text())["rows"] if r["policy"] == always.name}
+    for name in dict.fromkeys(t for t, _ in rows):
+        cameras = load_trajectory(trajectory_folder() / f"{name}.npz").w2c.float()
+        for chunk in range(WARM, max(c for t, c in rows if t == name) + 1):
+            past, now = cameras[: 4 * chunk], cameras[4 * chunk:4 * chunk + 4]
+            given = past[list(plan_context(past, now, RETRIEVAL).indices)]
+            error = rows[name, chunk]["error"]
+            pairs["drift"].append((rows[name, chunk]["drift"], error))
+            pairs["drift before"].append((rows[name, chunk - 1]["drift"], error))
+            pairs["view overlap"].append((plan_context(given, now, always.config()).score, error))
+    for key, both in pairs.items():
+        print(f"{key}: {statistics.correlation(*zip(*both)):+.2f} over {len(both)} chunks")
+
+
+@app.command()
 def draw(measured: pathlib.Path = OUT, picture: pathlib.Path = PICTURE) -> None:
-    """Error over computed calls, a mark a policy; needs matplotlib."""
+    """Quality over computed calls, a mark a policy; needs matplotlib (``pip install 'li_compile[plot]'``)."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -230,28 +251,32 @@ def draw(measured: pathlib.Path = OUT, picture: pathlib.Path = PICTURE) -> None:
     matplotlib.rcParams["svg.fonttype"], matplotlib.rcParams["svg.hashsalt"] = "none", "li_compile"
     rows = summary(json.loads(measured.read_text())["rows"])
     show(json.loads(measured.read_text())["rows"])
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5), layout="constrained")
     FigureCanvasSVG(figure)
-    axes = figure.subplots()
     marks = {"hold": "o", "linear": "^", "previous": "s"}
     colours = {"always": "tab:red", "always, guard 0.2": "tab:orange", "always, guard 0.12": "tab:olive",
                "views": "tab:blue", "views, guard 0.2": "tab:green"}
-    for row in rows:
-        predictor, skip, gate = row["policy"].split(", ", 2) if "1, 2" not in row["policy"] else row["policy"].replace("1, 2", "12").split(", ", 2)
-        axes.plot(row["calls"], row["error"], marks[predictor], color=colours[gate], markersize=11 if row["default"] else 6,
-                  markerfacecolor="none" if skip != "skips 12" else None)
-        if row["default"]:
-            axes.annotate("default", (row["calls"], row["error"]), textcoords="offset points", xytext=(8, 6))
+    names = {p.name: p for p in POLICIES}
+    panels = figure.subplots(1, 2)
+    for axes, key, label in zip(panels, ("error", "truth"), ("distance of the latents from dense (relative L2)",
+                                                            "PSNR against the rendered frames, change from dense (dB)")):
+        for row in rows:
+            policy = names[row["policy"]]
+            axes.plot(row["calls"], row[key], marks[policy.predictor], color=colours[policy.gating],
+                      markersize=11 if row["default"] else 6, markerfacecolor="none" if policy.skip else None)
+            if row["default"]:
+                axes.annotate("default", (row["calls"], row[key]), textcoords="offset points", xytext=(-50, -5))
+        axes.set(xlabel="computed calls of the model a chunk, of 4", ylabel=label)
     front = [r for r in rows if r["front"]] + [{"calls": 4, "error": 0}]
-    axes.plot([r["calls"] for r in front], [r["error"] for r in front], color="0.8", zorder=0)
+    panels[0].plot([r["calls"] for r in front], [r["error"] for r in front], color="0.8", zorder=0)
+    panels[1].axhline(0, color="0.8", zorder=0)
     for gate, colour in colours.items():
-        axes.plot([], [], "o", color=colour, label=gate)
+        panels[0].plot([], [], "o", color=colour, label=gate)
     for predictor, mark in marks.items():
-        axes.plot([], [], mark, color="0.4", label=predictor)
-    axes.plot([], [], "o", color="0.4", markerfacecolor="none", label="one step skipped, not two")
-    axes.set(xlabel="computed calls of the model a chunk, of 4", ylabel="distance of the latents from dense (relative L2)",
-             title="Doom World, teacher-forced, six held-out trajectories, chunks 2 to 15")
-    axes.legend(fontsize="small")
+        panels[0].plot([], [], mark, color="0.4", label=predictor)
+    panels[0].plot([], [], "o", color="0.4", markerfacecolor="none", label="one step skipped, not two")
+    panels[0].legend(fontsize="small")
+    figure.suptitle("Doom World, teacher-forced, means over six held-out trajectories, chunks 2 to 15")
     figure.savefig(picture, metadata={"Date": None})
     print(picture)
 

@@ -132,7 +132,7 @@ class Dispatcher:
         base, regions = self.bases[kept]
         module, report = build(self.facts, self.config, fakes, mode, kept=kept, reuse=reuse, base=base)
         self.report.variants.append(report)
-        self.compiled[variant] = LoopVariant.of(self.facts, module, lower_regions(module, inputs, self.lower, regions))
+        self.compiled[variant] = LoopVariant.of(self.facts, module, report, lower_regions(module, inputs, self.lower, regions))
 
 
 def _same(poses: torch.Tensor) -> bool:

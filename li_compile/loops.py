@@ -13,6 +13,7 @@ from li_compile.config import Config
 from li_compile.memory import ChunkMemory
 from li_compile.patterns.graph import is_parameter, placeholders, shape, value
 from li_compile.policy import ChunkPlan
+from li_compile.report import VariantReport
 from li_compile.reuse import skipping
 
 if TYPE_CHECKING:
@@ -25,18 +26,21 @@ CONTROL = 4096  # most elements of an input that counts as an action or a settin
 @dataclasses.dataclass(frozen=True)
 class LoopVariant:
     """A compiled variant of a graph. It returns ``results`` values of the graph's own and then ``extra`` ones, by name: the
-    drift of its last step, outputs to keep; it takes outputs of an earlier chunk behind its inputs if ``across``."""
+    drift of its last step, outputs to keep; it takes outputs of an earlier chunk behind its inputs if ``across``.
+    reuses: whether steps were really left out of it."""
 
     run: Callable[..., Any]
     results: int
     extra: tuple[Any, ...] = ()
     across: bool = False
+    reuses: bool = False
 
     @classmethod
-    def of(cls, facts: Facts, module: GraphModule, run: Callable[..., Any]) -> LoopVariant:
+    def of(cls, facts: Facts, module: GraphModule, report: VariantReport, run: Callable[..., Any]) -> LoopVariant:
         output = lambda m: next(n for n in m.graph.nodes if n.op == "output")
         across = any("li_earlier" in p.meta for p in placeholders(module.graph))
-        return cls(run, len(output(facts.module).args[0]), output(module).meta.get("li_extra", ()), across)
+        reuses = report.counts().get("cached_steps", 0) > 0
+        return cls(run, len(output(facts.module).args[0]), output(module).meta.get("li_extra", ()), across, reuses)
 
     def __call__(self, args: Sequence[Any]) -> Any:
         out = self.run(*args)
@@ -84,6 +88,11 @@ class Chunk:
 
     def run(self, variant: LoopVariant, args: Sequence[Any]) -> Any:
         """The graph's results. What goes wrong inside leaves nothing behind."""
+        if self.reuse and not variant.reuses:  # the pass was refused or failed: the report says why
+            self.reuse = False
+            if self.plan is not None:
+                reason = f"{self.plan.reason}; every step computed: no variant of this graph skips steps"
+                self.plan = dataclasses.replace(self.plan, reuse=False, reason=reason)
         try:
             out = variant.run(*args, *(self.memory.outputs if variant.across else ()))
         except BaseException:

@@ -15,7 +15,8 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from li_compile.patterns.graph import ancestors, descendants, value
-from li_compile.patterns.linear import Blocks, Linear, Reader
+from li_compile.patterns.linear import Blocks, Linear
+from li_compile.patterns.linear_read import Reader
 
 from .combine import emit, operations
 from .record import Record

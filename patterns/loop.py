@@ -13,12 +13,13 @@ folded into one (loop_body.py), and the scheduler's arithmetic between them is r
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch.fx import GraphModule, Node
 
 from .effects import ALIASES, RANDOM, VALUE_FREE, WRITES, effects, outside_writes, target
-from .graph import REGION, SHAPE_ONLY, Miss, ancestors, descendants, name_of, shape, source_line
+from .graph import REGION, SHAPE_ONLY, Miss, ancestors, descendants, hint, name_of, shape, source_line
 from .loop_body import Body, find_body, same_graph
 from .loop_calls import find_runs
 from .loop_update import Updates, read_updates
@@ -219,6 +220,6 @@ def _is_state(node: Node, outputs: list[Node]) -> bool:
 
 
 def _elements(node: Node) -> int | None:
-    """Elements of a tensor of constant size."""
-    s = shape(node)
-    return torch.Size(s).numel() if s and all(isinstance(d, int) for d in s) else None
+    """Elements of a tensor; of dynamic sizes, as it was traced."""
+    sizes = [hint(d) for d in shape(node) or ()]
+    return math.prod(sizes) if sizes and None not in sizes else None

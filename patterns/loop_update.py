@@ -15,7 +15,8 @@ from torch.fx import Node
 
 from .effects import VALUE_FREE
 from .graph import SHAPE_ONLY, Miss, argument, descendants, name_of, shape
-from .linear import Blocks, Linear, Reader, number
+from .linear import Blocks, Linear
+from .linear_read import Reader, number
 from .loop_body import Body
 
 FORMS = ["Euler", "first order", "clean state and fresh noise", "multistep"]

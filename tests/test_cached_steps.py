@@ -100,6 +100,24 @@ def test_half_and_double_precision(dtype):
     assert relative(got.double(), want.double()) <= (1e-2 if dtype == torch.bfloat16 else 1e-12)
 
 
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize(("sampler", "guidance"), [(euler, "batched"), (unipc, "sequential")])
+def test_a_batch_of_any_size(sampler, guidance, lowering):
+    """A dynamic size goes into the region beside the tensors that have it; both variants serve all sizes."""
+    velocity = GUIDANCE[guidance](Denoiser())
+    options = {"preset": "cache", "cache.gate": "always", "cache.guard": None, "lowering": lowering, "strict": True}
+    compiled = torch.compile(sampler(velocity, LEVELS), backend="light_interaction", fullgraph=True, options=options)
+    want = sampler(velocity, LEVELS, skip=(1, 2))
+    with torch.no_grad():
+        for i, batch in enumerate((5, 3, 7)):
+            given = torch.randn(batch, 4), torch.randn(batch, 1)
+            if not i:
+                for x in given:
+                    torch._dynamo.mark_dynamic(x, 0)
+            with torch._dynamo.config.patch(error_on_recompile=bool(i)):
+                assert relative(compiled(*given), want(*given)) <= 1e-5
+
+
 @pytest.mark.parametrize(("skip", "computed"), [((1,), (0, 2, 3)), ((2,), (0, 1, 3)), ((1, 2), (0, 3)), ((2, 3, 7), (0, 1, 3))])
 @pytest.mark.parametrize("predictor", ["hold", "linear"])
 def test_which_steps_are_skipped(skip, computed, predictor):

@@ -218,6 +218,18 @@ def test_without_a_session_there_is_no_earlier_chunk(velocity, traced):
         assert torch.equal(compiled(*inputs(i, condition)), traced(*inputs(i, condition)))
 
 
+def test_a_variant_that_could_not_be_made_is_not_counted_as_reuse(velocity, traced):
+    """Without shared calls there is no earlier chunk to read: refused with its reason, and all steps are computed."""
+    compiled, condition = traced.compile(**PREVIOUS, exact__shared_steps=False), inputs()[1]
+    with session() as rollout:
+        for i in range(3):
+            assert relative(compiled(*inputs(i, condition)), by_hand(velocity, inputs(i, condition), ())) <= 1e-5
+    stats = rollout.stats()
+    assert (stats["calls"], stats["reused_chunks"]) == (12, 0)
+    assert "no variant of this graph skips steps" in stats["per_chunk"][-1]["reason"]
+    assert "predictor 'previous' reads an earlier chunk, for which the calls of the model must be alike" in compiled.reasons
+
+
 def test_an_exception_inside_a_chunk_leaves_nothing(velocity, traced, monkeypatch):
     compiled, condition = traced.compile(**PREVIOUS), inputs()[1]
     real = regions.CompiledRegion.forward

@@ -6,7 +6,8 @@ import pytest
 import torch
 from tracing import Traced
 
-from li_compile.patterns.linear import Blocks, Linear, Reader
+from li_compile.patterns.linear import Blocks, Linear
+from li_compile.patterns.linear_read import Reader
 from li_compile.pipeline import canonical
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from tracing import Traced, world_inputs
 
 from li_compile.patterns import DenoisingLoop
-from li_compile.patterns.linear import Reader
+from li_compile.patterns.linear_read import Reader
 from li_compile.patterns.loop_body import Body
 
 region = torch.compiler.nested_compile_region
