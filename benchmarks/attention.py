@@ -1,6 +1,6 @@
 """Block-sparse attention against the dense and sparse kernels that there are, in one process.
 
-    python benchmarks/attention.py --device cuda --out out/attention.json --plot docs/attention.png
+    python benchmarks/attention.py --device cuda --out out/attention.json --plot docs/attention.svg
     python benchmarks/attention.py --device cpu --cases "doom decode 12" --threads 1 --cpu-time
 
 Three levels. *kernel*: ready blocks and lists, the same for all. *operator*: from the current chunk's q, k and v to the
@@ -383,6 +383,7 @@ def plot(path: pathlib.Path, sweep: dict[float, list[dict]], case: str) -> None:
     axes.set(xlabel="kept share of all blocks", ylabel="speed over dense attention", xscale="log", yscale="log", title=case)
     axes.set_xticks([0.2, 0.3, 0.5, 0.7, 1.0], labels=["0.2", "0.3", "0.5", "0.7", "1"])
     axes.set_yticks([1, 2, 3, 5], labels=["1x", "2x", "3x", "5x"])
+    axes.minorticks_off()
     axes.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

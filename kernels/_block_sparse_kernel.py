@@ -58,7 +58,15 @@ def block_sparse_kernel(
     whose flags are set only. Otherwise the grid has a program for each ``tile`` of ROWS queries; with REDO any number.
     """
     if REDO:
-        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        flagged = 0
+        for start in range(tl.program_id(0), tiles, 64 * tl.num_programs(0)):  # hardly ever is any: look at many at once
+            tile = start + tl.arange(0, 64) * tl.num_programs(0)
+            for i in tl.static_range(FLAGS_A_BLOCK):
+                flagged += tl.sum(tl.load(FLAGS + tile // (BLOCK // ROWS) * FLAGS_A_BLOCK + i, mask=tile < tiles, other=0), 0)
+        stop = tiles
+        if flagged == 0:
+            stop = 0
+        for tile in range(tl.program_id(0), stop, tl.num_programs(0)):
             line = tile // (BLOCK // ROWS)
             flagged = tl.load(FLAGS + line * FLAGS_A_BLOCK)
             for i in tl.static_range(1, FLAGS_A_BLOCK):
@@ -118,8 +126,10 @@ def _attend(
         if count > 0:
             block = tl.load(listed)
             at, stride = _key_tile(block, 0, k_first, k_second, stride_kn, stride_k1n, first_blocks, BLOCK, TWO)
-            seen = tl.dot(q, tl.load(at + keys[None, :] * stride + dims[:, None]), input_precision=precision) * scale
-            top = tl.max(tl.where((keys < tl.load(VALID + block))[None, :], seen, float("-inf")), 1)
+            real = (keys < tl.load(VALID + block))[None, :]
+            k = tl.load(at + keys[None, :] * stride + dims[:, None], mask=real, other=0.0)
+            seen = tl.dot(q, k, input_precision=precision) * scale
+            top = tl.max(tl.where(real, seen, float("-inf")), 1)
             top = tl.where(top == float("-inf"), 0.0, top)
     for step in range(full * PARTS):
         block = tl.load(listed + step // PARTS)
@@ -134,8 +144,8 @@ def _attend(
         inner = (step % PARTS) * KEYS
         real = tl.load(VALID + block) - inner  # keys of this tile that are no padding; may be negative or beyond KEYS
         at, stride = _key_tile(block, inner, k_first, k_second, stride_kn, stride_k1n, first_blocks, BLOCK, TWO)
-        scores = tl.dot(q, tl.load(at + keys[None, :] * stride + dims[:, None]), input_precision=precision)
-        scores = tl.where((keys < real)[None, :], scores * scale, float("-inf"))  # drops NaN of poisoned padding too
+        k = tl.load(at + keys[None, :] * stride + dims[:, None], mask=(keys < real)[None, :], other=0.0)
+        scores = tl.where((keys < real)[None, :], tl.dot(q, k, input_precision=precision) * scale, float("-inf"))
         at, stride = _key_tile(block, inner, v_first, v_second, stride_vn, stride_v1n, first_blocks, BLOCK, TWO)
         v = tl.load(at + keys[:, None] * stride + dims[None, :], mask=(keys < real)[:, None], other=0.0)
         top, total, acc = _update(scores, top, total, acc, v, FIXED, precision)

@@ -53,21 +53,34 @@ def select_kernel(
     q_real = tl.load(Q_COUNTS + parts, mask=known, other=0) > 0
     k_means = K_MEANS + (tl.program_id(2) * heads + head).to(tl.int64) * candidates * SUB * DIM
     for start in range(0, candidates, CHUNK):
-        columns = start * SUB + tl.arange(0, CHUNK * SUB)
-        there = columns < candidates * SUB
-        k = tl.load(k_means + columns.to(tl.int64)[None, :] * DIM + dims[:, None], mask=there[None, :], other=0.0)
-        s = tl.dot(q, k, input_precision="tf32x3")
-        if SUB == 1:
-            scores = s
-        else:  # log-sum-exp over pairs of sub-block means
-            k_real = tl.load(K_COUNTS + columns, mask=there, other=0) > 0
-            s = tl.where(q_real[:, None] & k_real[None, :], s, float("-inf")).reshape(ROWS, SUB, CHUNK, SUB)
-            top = tl.max(tl.max(s, 3), 1)
-            base = tl.where(top == float("-inf"), 0.0, top)
-            scores = tl.log(tl.sum(tl.sum(tl.exp(s - base[:, None, :, None]), 3), 1)) + base
         blocks = start + tl.arange(0, CHUNK)
+        there = blocks < candidates
+        # Log-sum-exp over pairs of sub-block means. One product for each key sub-block: summing over them is then a matter
+        # of a thread's own values, where one product with all of them side by side would need its columns shuffled.
+        top = tl.full([ROWS * SUB, CHUNK], float("-inf"), tl.float32)
+        weight = tl.zeros([ROWS * SUB, CHUNK], tl.float32)
+        for part in range(SUB):
+            columns = blocks * SUB + part
+            k = tl.load(k_means + columns.to(tl.int64)[None, :] * DIM + dims[:, None], mask=there[None, :], other=0.0)
+            s = tl.dot(q, k, input_precision="tf32x3")
+            if SUB > 1:
+                k_real = tl.load(K_COUNTS + columns, mask=there, other=0) > 0
+                s = tl.where(q_real[:, None] & k_real[None, :], s, float("-inf"))
+                higher = tl.maximum(top, s)
+                base = tl.where(higher == float("-inf"), 0.0, higher)
+                weight = weight * tl.exp(top - base) + tl.exp(s - base)
+                top = higher
+            else:
+                top = s
+        if SUB == 1:
+            scores = top
+        else:
+            top = top.reshape(ROWS, SUB, CHUNK)
+            highest = tl.max(top, 1)
+            base = tl.where(highest == float("-inf"), 0.0, highest)
+            scores = tl.log(tl.sum(weight.reshape(ROWS, SUB, CHUNK) * tl.exp(top - base[:, None, :]), 1)) + base
         at = SCORES + (line0 + rows)[:, None] * candidates + blocks[None, :]
-        tl.store(at, scores, mask=(rows < query_blocks)[:, None] & (blocks < candidates)[None, :])
+        tl.store(at, scores, mask=(rows < query_blocks)[:, None] & there[None, :])
     tl.debug_barrier()  # the scores are read again by other threads of this program
 
     columns = tl.arange(0, WIDTH)

@@ -36,13 +36,14 @@ def block_sparse_attention(q, k, v, block_indices, block_counts, kv_valid, block
         block_indices: int32 ``[B, H, nq, pitch]``: for each query block, the key blocks it keeps, each once. Entries
             past the count are not looked at.
         block_counts: int32 ``[B, H, nq]``: how many, from 0 to pitch.
-        kv_valid: int32 ``[blocks]``: true keys of each block, from 0 to block_size; the rest of the block is masked.
+        kv_valid: int32 ``[blocks]``: true keys of each block, from 0 to block_size; the rest of the block is masked. The
+            last block need not be there as a whole: its storage may end at its last true key.
         block_size: tokens of a block.
         scale: factor on the scores, above 0.
         tails: int32 ``[B, H, nq]``: so many entries at the end of a list may be partly filled blocks; all before them
             are full, and kernels skip their mask. None: any block may be partly filled.
-        current_k, current_v: ``[B, H, nc * block_size, D]``: a second source of keys and values. Its blocks are numbered
-            on from those of k, so that a history that stays and a chunk that changes need not be concatenated.
+        current_k, current_v: ``[B, H, Lc, D]``: a second source of keys and values. Its blocks are numbered on from those
+            of k, so that a history that stays and a chunk that changes need not be concatenated.
         summary_k, summary_v, summary_bias: keys and values ``[B, H, n, D]`` that stand for whole blocks (their means)
             and fp32 ``[B, H, nq, n]`` added to their scores: the logarithm of the number of tokens that they stand for,
             -inf where the block itself is kept. With them, blocks that were dropped still take part (as in PISA,

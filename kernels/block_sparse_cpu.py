@@ -18,8 +18,10 @@ from __future__ import annotations
 import itertools
 
 import torch
+import torch.nn.functional as F
 
 from ._compat import cpu_flash
+from .layout import num_blocks
 from .problem import Problem
 from .workspace import scratch
 
@@ -47,7 +49,7 @@ def run(problem: Problem):
     index = problem.block_indices.reshape(rows, pitch).long()
     parts = []
     for k, v, first in problem.sources:
-        k, v, blocks = k.contiguous(), v.contiguous(), k.shape[2] // size
+        blocks = num_blocks(k.shape[2], size)
         here = index - first
         used = listed & (here >= 0) & (here < blocks)
         here = torch.where(used, here, 0)
@@ -59,6 +61,7 @@ def run(problem: Problem):
             used &= (here < start) | (here >= stop)
         counts = used.sum(1)
         if (width := int(counts.max()) if rows else 0) > 0:
+            k, v = (F.pad(x, (0, 0, 0, blocks * size - x.shape[2])).contiguous() for x in (k, v))
             slots = torch.argsort(~used, dim=1, stable=True)[:, :width]  # close the gaps, keeping the order
             parts.append(_gathered(q, k, v, here.gather(1, slots), used.gather(1, slots), valid, size, problem.scale))
     if problem.summary_k is not None:

@@ -17,6 +17,7 @@ import torch
 from . import block_sparse_triton
 from ._compat import gluon, has_triton, interpreting
 from .problem import Problem
+from .tuning import tuned
 
 __all__ = ["Launch", "launch_config", "run", "supports"]
 
@@ -41,12 +42,12 @@ def launch_config(head_dim: int, block_size: int, clean: bool) -> Launch:
 
     A multiprocessor holds one program at blocks of 128 (two consumer groups) and two at blocks of 64 (one each), so that
     in either case one group's softmax runs beside another's products. The producer needs more registers where it has to
-    clean V (``clean`` is false).
+    clean V (``clean`` is false). Tiles and buffers are the measured ones where there are such (tuning.py).
     """
-    producer = 24 if clean else 56
-    if block_size == 128:
-        return Launch(64, 4, 2, 168, 240 if clean else 224, producer)
-    return Launch(64, 3 if head_dim == 128 else 4, 1 if head_dim == 128 else 2, 128, 232 if clean else 200, producer)
+    deep = block_size == 128 or head_dim == 64
+    buffers = tuned("hopper", 90, head_dim, block_size) or {"keys": 64, "stages": 4 if deep else 3, "queries": 2 if deep else 1}
+    registers, consumer = (168, 240 if clean else 224) if block_size == 128 else (128, 232 if clean else 200)
+    return Launch(**buffers, registers=registers, consumer_registers=consumer, producer_registers=24 if clean else 56)
 
 
 def supports(problem: Problem) -> str | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
+from .layout import num_blocks
 from .problem import Problem
 
 __all__ = ["run", "supports"]
@@ -24,7 +26,8 @@ def run(problem: Problem):
     batch, heads, length, _ = q.shape
     pitch = indices.shape[-1]
     compute = torch.promote_types(q.dtype, torch.float32)
-    blocks = [torch.cat(parts, 2).unflatten(2, (-1, size)) for parts in zip(*((k, v) for k, v, _ in problem.sources))]
+    whole = lambda x: F.pad(x, (0, 0, 0, num_blocks(x.shape[2], size) * size - x.shape[2])).unflatten(2, (-1, size))
+    blocks = [whole(torch.cat(parts, 2)) for parts in zip(*((k, v) for k, v, _ in problem.sources))]
     b = torch.arange(batch, device=q.device)[:, None, None]
     h = torch.arange(heads, device=q.device)[None, :, None]
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)

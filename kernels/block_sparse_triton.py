@@ -22,6 +22,7 @@ import torch
 
 from ._compat import has_triton, interpreting
 from .problem import Problem
+from .tuning import tuned
 
 __all__ = ["HEAD_DIMS", "Launch", "launch_config", "redo", "run", "supports"]
 
@@ -42,8 +43,8 @@ class Launch(NamedTuple):
 def launch_config(dtype: torch.dtype, head_dim: int, block_size: int, capability: int) -> Launch:
     """The tile for a dtype, head size, block size and device (80 for sm_80, 90 for sm_90).
 
-    Taken from ahead-of-time compiles without spills and the project's H100 measurements: 128 x 64 with 8 warps is best
-    at blocks of 128. The load of a block's index takes a pipeline stage of its own, so five stages buffer K and V
+    The measured one where there is such (tuning.py); else a rule from ahead-of-time compiles without spills: 128 x 64 with
+    8 warps at blocks of 128. The load of a block's index takes a pipeline stage of its own, so five stages buffer K and V
     threefold, four twofold. At blocks of 64 on sm_80, several small programs a multiprocessor beat deep pipelines.
     fp32 takes no tensor core here (TF32 would cost accuracy), so its tiles are small.
     """
@@ -52,6 +53,9 @@ def launch_config(dtype: torch.dtype, head_dim: int, block_size: int, capability
         rows //= 2
     if dtype == torch.float32:
         return Launch(min(rows, 32), min(rows, 32), 4, 2)
+    measured = tuned("triton", capability, head_dim, block_size)
+    if measured:
+        return Launch(**measured)
     keys = min(rows, 64)
     if rows == 128:
         return Launch(rows, keys, 8, 5)

@@ -44,6 +44,11 @@ class Encoding:
     def branches(self) -> int:
         return 1 if self.camera is None else 2
 
+    @property
+    def empty(self) -> bool:
+        """Nothing is done."""
+        return self.norm is None and self.cos is None and self.camera is None
+
 
 SCHEMA = ("Tensor x, Tensor? order, int block_size, int sub_blocks, Tensor? norm=None, float eps=1e-6, Tensor? cos=None, "
           "Tensor? sin=None, Tensor? camera=None")  # fmt: skip

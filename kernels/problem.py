@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .layout import num_blocks
+
 __all__ = ["Problem"]
 
 
@@ -86,12 +88,12 @@ class Problem:
                 raise ValueError(f"current_k and current_v must be like k but for the length; found {tuple(self.current_k.shape)} "
                                  f"and {tuple(self.current_v.shape)} beside {tuple(k.shape)}.")  # fmt: skip
             keys += self.current_k.shape[2]
-        if size < 1 or q.shape[2] % size or k.shape[2] % size or keys % size:
-            raise ValueError(f"Lengths must be whole blocks of {size}; found {q.shape[2]} queries and {keys} keys. Pad the storage.")
-        lists = (*q.shape[:2], self.query_blocks)
-        if self.block_indices.shape[:3] != lists or self.block_counts.shape != lists or self.kv_valid.shape != (keys // size,):
+        if size < 1 or q.shape[2] % size or (k.shape[2] % size and k is not self.sources[-1][0]):
+            raise ValueError(f"Lengths must be whole blocks of {size}, but for the last keys; found {q.shape[2]} queries and {k.shape[2]} keys.")
+        lists, blocks = (*q.shape[:2], self.query_blocks), num_blocks(keys, size)
+        if self.block_indices.shape[:3] != lists or self.block_counts.shape != lists or self.kv_valid.shape != (blocks,):
             raise ValueError(
-                f"Expected block_indices {[*lists, 'pitch']}, block_counts {list(lists)} and kv_valid [{keys // size}]; "
+                f"Expected block_indices {[*lists, 'pitch']}, block_counts {list(lists)} and kv_valid [{blocks}]; "
                 f"found {list(self.block_indices.shape)}, {list(self.block_counts.shape)} and {list(self.kv_valid.shape)}."
             )
         if self.tails is not None and self.tails.shape != lists:

@@ -183,7 +183,7 @@ def launch_config(sub_blocks: int, width: int, around: int) -> dict[str, int]:
     stand for one in fp32 is cheap. Wider ones (wgmma) would send the split operands through shared memory.
     """
     rows = 16 if sub_blocks == 1 else 32 // sub_blocks
-    return {"ROWS": rows, "CHUNK": 64 // sub_blocks, "AT_ONCE": max(1, min(rows, 2048 // max(width, around))), "num_warps": 8}
+    return {"ROWS": rows, "CHUNK": 64, "AT_ONCE": max(1, min(rows, 2048 // max(width, around))), "num_warps": 8}
 
 
 def _run_triton(choice: Choice):

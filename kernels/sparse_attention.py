@@ -194,6 +194,9 @@ def _attend(plan: Plan, q, k, v, static, sub_blocks: int, scale: float, summary:
     tables = plan_tables(plan, sub_blocks, device)
     current = []
     for name, x, parts, encoding in (("q", q, sub_blocks, encodings[0]), ("k", k, sub_blocks, encodings[1]), ("v", v, 1, encodings[2])):
+        if name != "q" and plan.decode and encoding.empty:  # all of it is kept, so that its order does not matter
+            current.append((x, None))
+            continue
         batch, heads, _, dim = x.shape
         shape = (batch * encoding.branches, heads, plan.current_blocks * size, dim)
         packed = scratch(f"current {name}", shape, x)
@@ -256,10 +259,9 @@ def _whole_means(means: Tensor, counts: Tensor, sub_blocks: int) -> Tensor:
 def _dense(plan: Plan, q, k: Sequence[Tensor], v: Sequence[Tensor], scale: float, encodings) -> Tensor:
     """Dense attention, with what is left to do to the current segment done one after the other."""
     batch, _, length, _ = q.shape
-    plain = Encoding(eps=encodings[0].eps)
     encoded = []
     for x, encoding in zip((q, k[plan.current], v[plan.current]), encodings):
-        if encoding != plain and encoding != Encoding():
+        if not encoding.empty:
             packed, means = empty_pack(x, length, 1, 1, encoding)
             pack_into(x, None, packed, means, 1, 1, encoding)
             x = packed

@@ -72,7 +72,7 @@ class SparseConfig(_Section):
     tile: latent frames, rows and columns of tokens in a tile; its volume divides block_size or is a multiple of it.
         The authors use (4, 8, 4) in blocks of 128; smaller blocks choose better at the same density.
     block_size: tokens a block of the attention kernel: 16, 32, 64, 128 or 256.
-    sub_blocks: means kept a block for scoring; more find sharper blocks at little cost. The authors keep one.
+    sub_blocks: means kept a block for scoring; more find sharper blocks at little cost (docs/numbers.md). The authors keep one.
     min_context: latent frames kept in context from which attention is made sparse.
     skip_layers: leading layers left dense. 1 in the code; not in the paper.
     grid: rows and columns of tokens in one latent frame; None: found in the graph.
@@ -86,7 +86,7 @@ class SparseConfig(_Section):
     prefill_ratio: float = option(0.30, SHARE)
     tile: tuple[int, int, int] = option((4, 4, 4), several(*[integer(1, 256)] * 3))
     block_size: int = option(64, integer(16, 256))
-    sub_blocks: int = option(1, integer(1, 64))
+    sub_blocks: int = option(4, integer(1, 64))
     min_context: int = option(8, integer(0))
     skip_layers: int = option(1, integer(0))
     grid: tuple[int, int] | None = option(None, optional(several(integer(1), integer(1))))

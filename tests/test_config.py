@@ -35,7 +35,7 @@ def test_defaults():
     config = Config()
     assert config == Config.from_options(None) == Config.from_options({})
     assert config.preset == "all" and config.lowering == "inductor" and not config.strict and config.family is None
-    assert config.sparse == SparseConfig(True, 0.175, 0.30, (4, 4, 4), 64, 1, 8, 1, None)
+    assert config.sparse == SparseConfig(True, 0.175, 0.30, (4, 4, 4), 64, 4, 8, 1, None)
     assert config.context == ContextConfig(True, 12, 4, 4, 4, 0.7, (60.0, 35.0), 8.0)
     assert config.cache == CacheConfig(True, 0.7, 3)
     assert config.exact == ExactConfig(True)

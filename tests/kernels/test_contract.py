@@ -131,6 +131,24 @@ def test_unselected_blocks_are_poisoned(case):
     check(case, q, k, v, *lists(kept, 4, q.device), valid, block)
 
 
+@pytest.mark.parametrize("split", [None, 2, 3])
+@pytest.mark.parametrize("shared", [True, False])
+def test_storage_ends_at_the_last_key(case, split, shared):
+    """The last block is not there as a whole; behind its last key there is something else's memory."""
+    q, k, v, valid, block = make(case, valid=[16, 16, 16, 5])
+    poison_padding(k, v, valid, block)
+    length = 3 * block + int(valid[3])
+    kept = [[[[0, 2, 3], [1, 2, 3]]] * 3] if shared else [[[[0, 3], [1]], [[3], [0, 1, 2]], [[], [0, 3]]]]
+    indices, counts = lists(kept, 4, q.device)
+    long = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v)]  # as models have it: [B, L, H, D] in memory
+    cut = [x[:, :, :length] for x in long]
+    first, second = (cut, (None, None)) if split is None else ([x[:, :, : split * block] for x in cut], [x[:, :, split * block :] for x in cut])
+    out, lse = block_sparse_attention(q, *first, indices, counts, valid, block, 0.3, None, *second)
+    want, want_lse = oracle(q, k, v, indices, counts, valid, block, 0.3)
+    assert (out.double().cpu() - want).norm() / want.norm() <= BOUND[q.dtype]
+    torch.testing.assert_close(lse.double().cpu(), want_lse, atol=1e-3, rtol=1e-6)
+
+
 @pytest.mark.parametrize("last", [7, 16])
 def test_shared_run_of_blocks(case, last):
     """All rows keep 1 to 3, side by side; the rest differs in number. Then all to the partly filled end."""
