@@ -52,6 +52,19 @@ def several(*rules: Rule) -> Rule:
     return Rule("(" + ", ".join(rule.allowed for rule in rules) + ")", parse)
 
 
+def every(rule: Rule) -> Rule:
+    def parse(value: Any) -> tuple:
+        accept(isinstance(value, (tuple, list)) and len(value) > 0, value)
+        return tuple(rule.parse(item) for item in value)
+
+    return Rule(f"one or more of: {rule.allowed}", parse)
+
+
+def one_of(*names: str) -> Rule:
+    allowed = ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
+    return Rule(allowed, lambda value: accept(isinstance(value, str) and value in names, value))
+
+
 def optional(rule: Rule) -> Rule:
     return Rule(f"None or {rule.allowed}", lambda value: None if value is None else rule.parse(value))
 

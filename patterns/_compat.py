@@ -17,3 +17,8 @@ def hint(size) -> int | None:
     if isinstance(size, torch.SymInt):
         return None if size.node.hint is None else int(size.node.hint)
     return int(size)
+
+
+def symbols(size) -> set:
+    """The free symbols of a symbolic size (2.11 to 2.14: ``SymInt.node.expr``); empty for a number."""
+    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
