@@ -1,13 +1,13 @@
 """Context policies on Doom World: quality over context tokens, planning time, and what the latents' change looks like.
 
-    python benchmarks/context_policies.py quality --policies authors,coverage --trajectories revisit,loop
+    python benchmarks/context_policies.py quality --device cuda --seeds 0,1,2
     python benchmarks/context_policies.py report
     python benchmarks/context_policies.py planning
     python benchmarks/context_policies.py calibrate
 
 ``quality`` plays every trajectory with every policy, teacher-forced and free-running, with the model as it is (no
 compiler: nothing but the choice of context differs) and adds a row for each to a file, so that it can be stopped and
-gone on with. ``report`` makes the tables and the plot of them.
+gone on with; files of several runs can be joined. ``report`` makes the tables and the plot of them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pathlib
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ POLICIES: dict[str, dict[str, Any] | None] = {
     "chunks-16": {"policy": "chunks", "memory_frames": 16},
     "slots": {"policy": "slots", "temporal_frames": 4, "slot_references": (1, 2, 3, 4), "slot_sink": 0},
     "coverage": {"policy": "coverage"},
-    "coverage-4": {"policy": "coverage", "memory_frames": 4},
+    "coverage-4": {"policy": "coverage", "memory_frames": 4, "anchor_frames": 0},
     "coverage-8": {"policy": "coverage", "memory_frames": 8, "min_gain": 0.0},
     "coverage-12": {"policy": "coverage", "memory_frames": 12, "min_gain": 0.0},
     "coverage-noanchor": {"policy": "coverage", "anchor_frames": 0},
@@ -90,15 +91,17 @@ class Chosen:
         change = latent_change(latents, 2, dynamics_unit(self.config)) if self.config.context.window == "dynamics" else None
         plan = self.session.planner.decide(w2c[0], args[3][0], self.config, change)
         self.session.record(plan)
-        index = torch.tensor(plan.indices)
+        index = torch.tensor(plan.indices, device=latents.device)
         return *args[:7], latents[:, :, index], action[:, index], w2c[:, index]
 
 
 class World:
     """The trained model and its trajectories, loaded once."""
 
-    def __init__(self) -> None:
-        self.model, self.codec = load_world()
+    def __init__(self, device: str = "cpu") -> None:
+        torch.backends.cudnn.allow_tf32 = False
+        self.device = device
+        self.model, self.codec = load_world(device=device)
         self.model.run_block = run_block  # without a compiler around it, a nested compile region is a detour
         self.sampler = ChunkSampler(self.model)
         self.films: dict[str, Any] = {}
@@ -108,21 +111,25 @@ class World:
         if name not in self.films:
             film = load_trajectory(trajectory_folder() / f"{name}.npz")
             truth = torch.from_numpy(film.frames).permute(0, 3, 1, 2).float()[:64] / 255
-            self.films[name] = film, truth, self.codec.encode(truth)
+            self.films[name] = film, truth, self.codec.encode(truth.to(self.device))
         return self.films[name]
 
     def run(self, policy: str, trajectory: str, forced: bool, seed: int, every: bool) -> tuple[torch.Tensor, Session]:
         """(frames [64, 3, H, W], session). every: choose from all latents so far, not from upstream's 20 of them."""
-        film, _, latents = self.film(trajectory)
         chosen = Chosen(self.sampler, config_of(policy), self.known.setdefault(trajectory, {}) if forced else None)
         kept = rollout.RETRIEVAL
         if every and POLICIES[policy] is not None:
             rollout.RETRIEVAL = Config(preset="off")
         try:
-            *_, done = play(self.model, chosen, latents, film.w2c[:64], film.intrinsics, film.action[:64], forced, seed)
+            *_, done = self.play(chosen, trajectory, forced, seed)
         finally:
             rollout.RETRIEVAL = kept
-        return self.codec.decode(done).clamp(0, 1), chosen.session
+        return self.codec.decode(done).clamp(0, 1).cpu(), chosen.session
+
+    def play(self, chosen: Chosen, trajectory: str, forced: bool, seed: int) -> Iterator[torch.Tensor]:
+        film, _, latents = self.film(trajectory)
+        given = [x.to(self.device) for x in (film.w2c[:64], film.intrinsics, film.action[:64])]
+        return play(self.model, chosen, latents, *given, forced, seed)
 
 
 def revisits(w2c: torch.Tensor) -> torch.Tensor:
@@ -134,11 +141,12 @@ def revisits(w2c: torch.Tensor) -> torch.Tensor:
 
 @app.command()
 def quality(policies: str = ",".join(POLICIES), trajectories: str = ",".join(TRAJECTORIES), seeds: str = "0", forced: bool = True,
-            free: bool = True, every: bool = False, out: pathlib.Path = pathlib.Path("out/context_policies.jsonl")) -> None:
+            free: bool = True, every: bool = False, device: str = "cpu",
+            out: pathlib.Path = pathlib.Path("out/context_policies.jsonl")) -> None:
     """Play and score; each row is appended to OUT. --every: choose from all latents, not from upstream's 20."""
     out.parent.mkdir(parents=True, exist_ok=True)
     done = {row["key"] for row in rows_of(out)}
-    world, dense = World(), {}
+    world, dense = World(device), {}
     for trajectory in trajectories.split(","):
         film, truth, _ = world.film(trajectory)
         again = revisits(film.w2c[:64])
@@ -261,21 +269,21 @@ def planning(repeats: int = 200, threads: int = 1) -> None:
 
 
 @app.command()
-def calibrate(trajectories: str = "loop,explore,still", seed: int = 0) -> None:
+def calibrate(trajectories: str = "loop,explore,still", seed: int = 0, device: str = "cpu") -> None:
     """The latents' change D_t (eq. 1) of free-running dense rollouts and of the truth; its median is a kappa with which half
     of the window is kept half of the time. Run on other trajectories than those that the result is judged by."""
-    world = World()
+    world = World(device)
     print("| latents | unit | 5 % | 25 % | median | 75 % | 95 % |\n|---|---|---|---|---|---|---|")
     for source in ("truth", "free-running"):
         for unit, name in ((1, "frame"), (4, "chunk")):
             changes = []
             for trajectory in trajectories.split(","):
-                film, _, latents = world.film(trajectory)
+                *_, latents = world.film(trajectory)
                 if source == "free-running":
                     key = (trajectory, seed)
                     if key not in world.films:
                         chosen = Chosen(world.sampler, config_of("dense"))
-                        *_, world.films[key] = play(world.model, chosen, latents, film.w2c[:64], film.intrinsics, film.action[:64], False, seed)
+                        *_, world.films[key] = world.play(chosen, trajectory, False, seed)
                     latents = world.films[key]
                 changes += [latent_change(latents[:end], 0, unit) for end in range(WARM, 64, 4)]
             points = torch.tensor(changes).quantile(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95])).tolist()

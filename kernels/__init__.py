@@ -1,4 +1,4 @@
-"""What runs: operators with a reference, a CPU lowering and a portable Triton kernel behind one contract each.
+"""What runs: operators with a reference, a CPU lowering, a portable Triton kernel and a Hopper kernel behind one contract each.
 
 Knows neither graphs nor models; imports PyTorch, and Triton only when a Triton kernel is launched.
 """
@@ -6,21 +6,30 @@ Knows neither graphs nor models; imports PyTorch, and Triton only when a Triton 
 if __name__ == "kernels":
     raise ImportError("import li_compile.kernels instead")
 
-from .block_sparse import block_sparse_attention
+from .block_sparse import block_sparse_attention, expected_provider
+from .pack import Encoding, pack, pack_
 from .plan import Density, density
+from .problem import Problem
 from .providers import Provider, explain_provider, providers, register_provider, use_provider
-from .selection import select_blocks
-from .sparse_attention import sparse_attention
+from .selection import choose_blocks
+from .sparse_attention import pack_context, sparse_attention, sparse_decode
 
 __all__ = [
     "Density",
+    "Encoding",
+    "Problem",
     "Provider",
     "block_sparse_attention",
+    "choose_blocks",
     "density",
+    "expected_provider",
     "explain_provider",
+    "pack",
+    "pack_",
+    "pack_context",
     "providers",
     "register_provider",
-    "select_blocks",
     "sparse_attention",
+    "sparse_decode",
     "use_provider",
 ]

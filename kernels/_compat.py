@@ -12,7 +12,7 @@ import os
 
 import torch
 
-__all__ = ["aot_compile", "cpu_flash", "has_triton", "interpreting", "real_tensors"]
+__all__ = ["aot_compile", "cpu_flash", "gluon", "has_triton", "interpreting", "real_tensors"]
 
 
 @functools.cache
@@ -50,13 +50,48 @@ def real_tensors():
         yield
 
 
-def aot_compile(kernel, signature: dict, constants: dict, capability: int, num_warps: int, num_stages: int):
-    """Compile a Triton kernel for ``sm_<capability>`` without a GPU and return Triton's compiled kernel.
+class _Gluon:
+    """What of Gluon is used outside kernels. Gluon is experimental in Triton 3.6 to 3.8; these names are the same there.
+
+    Kernels use ``tma.async_copy_global_to_shared``, which 3.8 keeps as another name of ``tma.async_load``.
+    """
+
+    def __init__(self) -> None:
+        from triton.experimental.gluon import language
+        from triton.experimental.gluon._runtime import GluonASTSource
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        self.layout, self.source, self._descriptor = language.NVMMASharedLayout, GluonASTSource, TensorDescriptor
+
+    def shared_layout(self, box: tuple[int, ...], bits: int = 16):
+        """The swizzled layout in shared memory of a TMA box whose rows are a multiple of 128 bytes."""
+        if box[-1] * bits % 1024:
+            raise ValueError(f"rows of a box must be a multiple of 128 bytes; found {box[-1]} elements of {bits} bits")
+        return self.layout(swizzle_byte_width=128, element_bitwidth=bits, rank=len(box))
+
+    def descriptor(self, x, box: tuple[int, ...]):
+        """A descriptor, made on the host, of a tensor that is read in boxes."""
+        return self._descriptor(x, list(x.shape), list(x.stride()), list(box), self.shared_layout(box, 8 * x.element_size()))
+
+
+@functools.cache
+def gluon() -> _Gluon | None:
+    """Gluon, or None where this Triton has none that we know (it came with 3.4; ours needs 3.6)."""
+    try:
+        return _Gluon()
+    except ImportError:
+        return None
+
+
+def aot_compile(kernel, signature: dict, constants: dict, capability: int, **options):
+    """Compile a Triton or Gluon kernel for ``sm_<capability>`` without a GPU and return Triton's compiled kernel.
 
     Args:
-        kernel: a ``@triton.jit`` function.
-        signature: argument name -> type, such as ``"*fp16"`` or ``"i32"``, for the arguments that are no constants.
+        kernel: a ``@triton.jit`` or ``@gluon.jit`` function.
+        signature: argument name -> type for the arguments that are no constants: ``"*fp16"``, ``"i32"``, or for a TMA
+            descriptor ``("bf16", box)``.
         constants: argument name -> value for the ``tl.constexpr`` arguments.
+        options: ``num_warps``, ``num_stages``, ``maxnreg``.
 
     Pointers and strides (names that begin with ``stride_``) are declared divisible by 16, as the launcher would find
     them: without it every load is four bytes wide. Triton 3.6 to 3.8 take the same ``ASTSource``: signature by name
@@ -66,12 +101,21 @@ def aot_compile(kernel, signature: dict, constants: dict, capability: int, num_w
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    full = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    full = {name: _type_text(signature.get(name, "constexpr")) for name in kernel.arg_names}
     hinted = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
         if full[name].startswith("*") or (name.startswith("stride_") and full[name] != "constexpr")
     }
     constexprs = {(i,): constants[name] for i, name in enumerate(kernel.arg_names) if name in constants}
-    source = ASTSource(fn=kernel, signature=full, constexprs=constexprs, attrs=hinted)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps, "num_stages": num_stages})
+    is_gluon = getattr(kernel, "is_gluon", lambda: False)()
+    source = (gluon().source if is_gluon else ASTSource)(fn=kernel, signature=full, constexprs=constexprs, attrs=hinted)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _type_text(kind) -> str:
+    if isinstance(kind, str):
+        return kind
+    dtype, box = kind
+    layout = f"NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank={len(box)})"
+    return f"tensordesc<{dtype}[{', '.join(map(str, box))}],{layout}>"

@@ -5,8 +5,8 @@ Two things make this faster than dense attention at densities around 0.3 to 0.45
 - The kept blocks are gathered into reused memory, a few query blocks at a time (``GROUP_BYTES``). Fresh memory would
   cost as much in page faults as the gather itself; groups beyond the L2 caches lose a tenth and more; much smaller
   ones add thread barriers, of which every one may take a scheduler's slice where the machine is busy.
-- Blocks that every query block keeps and that lie side by side (in decode: text and the current chunk) are not
-  gathered at all: one dense call over a view, merged with the rest by log-sum-exp.
+- Blocks that every query block keeps and that lie side by side (in decode: the current chunk) are not gathered at all:
+  one dense call over a view, merged with the rest by log-sum-exp.
 
 Measured against FlexAttention's compiled CPU kernel and against batched matmuls in benchmarks/attention_cpu.py. Batched
 matmuls are as fast on an idle machine and far slower on a busy one, having more barriers.
@@ -20,6 +20,7 @@ import itertools
 import torch
 
 from ._compat import cpu_flash
+from .problem import Problem
 from .workspace import scratch
 
 __all__ = ["run", "supports"]
@@ -29,56 +30,74 @@ SHARED_BLOCKS = 2  # shorter runs of shared blocks are gathered like the rest
 NEG_INF = float("-inf")
 
 
-def supports(q, k, v, block_indices, block_counts, kv_valid, block_size, scale) -> str | None:
+def supports(problem: Problem) -> str | None:
     """fp32, bf16 and fp16 CPU tensors."""
-    if q.device.type != "cpu":
-        return f"it needs CPU tensors, found {q.device.type}"
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it computes in fp32, bf16 or fp16, found {q.dtype}"
+    if problem.q.device.type != "cpu":
+        return f"it needs CPU tensors, found {problem.q.device.type}"
+    if problem.q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it computes in fp32, bf16 or fp16, found {problem.q.dtype}"
     return None
 
 
-def run(q, k, v, block_indices, block_counts, kv_valid, block_size: int, scale: float):
+def run(problem: Problem):
     """See :func:`li_compile.kernels.block_sparse.block_sparse_attention`."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    batch, heads, length, _ = q.shape
-    rows, blocks, pitch = batch * heads * (length // block_size), k.shape[2] // block_size, block_indices.shape[-1]
-    counts = block_counts.reshape(rows, 1)
-    used = torch.arange(pitch) < counts
-    index = torch.where(used, block_indices.reshape(rows, pitch), 0).long()
+    q, size = problem.q.contiguous(), problem.block_size
+    rows, pitch = q.shape[0] * q.shape[1] * problem.query_blocks, problem.block_indices.shape[-1]
+    listed = torch.arange(pitch) < problem.block_counts.reshape(rows, 1)
+    index = problem.block_indices.reshape(rows, pitch).long()
+    parts = []
+    for k, v, first in problem.sources:
+        k, v, blocks = k.contiguous(), v.contiguous(), k.shape[2] // size
+        here = index - first
+        used = listed & (here >= 0) & (here < blocks)
+        here = torch.where(used, here, 0)
+        valid = problem.kv_valid[first : first + blocks]
+        start, stop = _shared_run(here, used, valid, size)
+        if stop - start >= SHARED_BLOCKS:
+            shared = slice(start * size, (stop - 1) * size + int(valid[stop - 1]))
+            parts.append(cpu_flash(q, k[:, :, shared], v[:, :, shared], problem.scale))
+            used &= (here < start) | (here >= stop)
+        counts = used.sum(1)
+        if (width := int(counts.max()) if rows else 0) > 0:
+            slots = torch.argsort(~used, dim=1, stable=True)[:, :width]  # close the gaps, keeping the order
+            parts.append(_gathered(q, k, v, here.gather(1, slots), used.gather(1, slots), valid, size, problem.scale))
+    if problem.summary_k is not None:
+        parts.append(_summaries(problem))
+    if not parts:
+        return problem.placed(torch.zeros_like(q)), torch.full(q.shape[:3], NEG_INF)
+    out, lse = parts[0]
+    for more, more_lse in parts[1:]:
+        total = torch.logaddexp(lse, more_lse)
+        reference = total.masked_fill(total.isneginf(), 0)  # rows without any key yet: weights of 0, not NaN
+        out.mul_((lse - reference).exp_().unsqueeze(-1).to(out.dtype))
+        out.addcmul_(more, (more_lse - reference).exp_().unsqueeze(-1).to(out.dtype))
+        lse = total
+    return problem.placed(out), lse
 
-    first, last = _shared_run(index, used, kv_valid, blocks, block_size)
-    if last - first >= SHARED_BLOCKS:
-        shared = slice(first * block_size, last * block_size)
-        out, lse = cpu_flash(q, k[:, :, shared], v[:, :, shared], scale)
-        used = used & ((index < first) | (index >= last))
-        counts = counts - (last - first)
-    else:
-        out, lse = None, None
 
-    width = int(counts.max()) if rows else 0
-    if width == 0:
-        return (out, lse) if out is not None else (torch.zeros_like(q), torch.full(q.shape[:3], NEG_INF))
-    slots = torch.argsort(~used, dim=1, stable=True)[:, :width]  # close the gaps, keeping the order
-    rest, rest_lse = _gathered(q, k, v, index.gather(1, slots), used.gather(1, slots), kv_valid, block_size, scale)
-    if out is None:
-        return rest, rest_lse
-    total = torch.logaddexp(lse, rest_lse)
-    out.mul_((lse - total).exp_().unsqueeze(-1).to(out.dtype))
-    return out.addcmul_(rest, (rest_lse - total).exp_().unsqueeze(-1).to(out.dtype)), total
-
-
-def _shared_run(index, used, kv_valid, blocks, block_size) -> tuple[int, int]:
-    """The longest run [first, last) of whole blocks that every row keeps."""
-    kept = torch.zeros(blocks, dtype=torch.int64).index_add_(0, index.flatten(), used.flatten().long())
-    shared = ((kept == index.shape[0]) & (kv_valid == block_size)).tolist()
+def _shared_run(index, used, valid, block_size) -> tuple[int, int]:
+    """The longest run [first, last) of blocks that every row keeps; whole ones, but for the last, which may be partial."""
+    kept = torch.zeros(len(valid), dtype=torch.int64).index_add_(0, index.flatten(), used.flatten().long())
+    everywhere = kept == index.shape[0]
+    whole = (everywhere & (valid == block_size)).tolist()
     best, at = (0, 0), 0
-    for value, group in itertools.groupby(shared):
-        size = sum(1 for _ in group)
-        if value and size > best[1] - best[0]:
-            best = (at, at + size)
-        at += size
+    for value, group in itertools.groupby(whole):
+        end = at + sum(1 for _ in group)
+        if value:
+            last = end + int(end < len(valid) and bool(everywhere[end]) and int(valid[end]) > 0)
+            best = max(best, (at, last), key=lambda run: run[1] - run[0])
+        at = end
     return best
+
+
+def _summaries(problem: Problem):
+    """Attention over the summaries of blocks alone: few keys, so in plain products."""
+    q, k, v = (x.float() for x in (problem.q, problem.summary_k, problem.summary_v))
+    bias = problem.summary_bias.repeat_interleave(problem.block_size, dim=2)
+    scores = torch.where(bias.isneginf(), NEG_INF, (q * problem.scale) @ k.mT + bias)
+    lse = scores.logsumexp(-1)
+    weights = torch.exp(scores - lse.masked_fill(lse.isneginf(), 0).unsqueeze(-1))
+    return (weights @ v).to(problem.q.dtype), lse
 
 
 def _gathered(q, k, v, index, used, kv_valid, block_size, scale):

@@ -1,8 +1,15 @@
 """Block-sparse attention as one portable Triton kernel, for NVIDIA GPUs from sm_80 and for Triton's interpreter.
 
-The kernel is the usual online softmax over listed blocks: base-2 exponentials with the scale folded in, one division
-at the end, fp32 accumulation. Pointers, not descriptors, so that sm_80 runs it too. The module imports without Triton;
-the kernel is made when it is first needed.
+The usual pass over listed blocks: base-2 exponentials with the scale folded in, one division at the end, fp32
+accumulation. Pointers, not descriptors, so that sm_80 runs it too. The module imports without Triton; the kernel is made
+when it is first needed.
+
+Two launches. The first subtracts from a row's scores the maximum of the row's first tile, and no running maximum: any
+number that keeps the exponentials in range will do, as the division takes it out again, and without the running maximum
+a third of the arithmetic goes (rescaling the output, comparing, and the wait for both). What overflows all the same (a
+later score more than 127 above the first maximum in base 2, or 15 where weights are rounded to fp16) is not finite, and
+so flagged; the second launch, with the running maximum, computes flagged query blocks again and is over at once where
+there are none.
 """
 
 from __future__ import annotations
@@ -14,8 +21,9 @@ from typing import NamedTuple
 import torch
 
 from ._compat import has_triton, interpreting
+from .problem import Problem
 
-__all__ = ["HEAD_DIMS", "Launch", "launch_config", "run", "supports"]
+__all__ = ["HEAD_DIMS", "Launch", "launch_config", "redo", "run", "supports"]
 
 HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -50,8 +58,9 @@ def launch_config(dtype: torch.dtype, head_dim: int, block_size: int, capability
     return Launch(rows, keys, 4, 4 if capability >= 90 else 2)
 
 
-def supports(q, k, v, block_indices, block_counts, kv_valid, block_size, scale) -> str | None:
+def supports(problem: Problem) -> str | None:
     """CUDA from sm_80; head_dim 32, 64 or 128; block_size a multiple of 16; fp16, bf16 (not in the interpreter), fp32."""
+    q = problem.q
     if not has_triton():
         return "Triton is not installed"
     if interpreting():
@@ -65,33 +74,63 @@ def supports(q, k, v, block_indices, block_counts, kv_valid, block_size, scale) 
         return f"it computes in fp16, bf16 or fp32, found {q.dtype}"
     if q.shape[-1] not in HEAD_DIMS:
         return f"it takes head_dim {', '.join(map(str, HEAD_DIMS))}, found {q.shape[-1]}"
-    if block_size % 16:
-        return f"it needs a block_size that 16 divides, found {block_size}"
+    if problem.block_size % 16:
+        return f"it needs a block_size that 16 divides, found {problem.block_size}"
     return None
 
 
-def run(q, k, v, block_indices, block_counts, kv_valid, block_size: int, scale: float):
-    """See :func:`li_compile.kernels.block_sparse.block_sparse_attention`. One launch, nothing read back."""
-    batch, heads, length, dim = q.shape
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    block_indices, block_counts, kv_valid = block_indices.contiguous(), block_counts.contiguous(), kv_valid.contiguous()
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+def run(problem: Problem):
+    """See :func:`li_compile.kernels.block_sparse.block_sparse_attention`. Nothing is read back."""
+    q = problem.q
+    out = problem.new_out()
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    if out.numel() == 0:
+    if q.numel() == 0:
         return out, lse
+    flags = torch.zeros(*q.shape[:2], problem.query_blocks, 1, dtype=torch.int32, device=q.device)
+    _launch(problem, out, lse, flags, fixed=True)
+    redo(problem, out, lse, flags)
+    return out, lse
+
+
+def redo(problem: Problem, out, lse, flags) -> None:
+    """Compute the query blocks again whose ``flags`` (int32 ``[B, H, nq, any number]``) are set, with a running maximum."""
+    _launch(problem, out, lse, flags, fixed=False)
+
+
+def _launch(problem: Problem, out, lse, flags, fixed: bool) -> None:
+    q, size = problem.q, problem.block_size
+    heads, dim = q.shape[1], q.shape[3]
+    rows_first = lambda x: x if x.stride(-1) == 1 else x.contiguous()
+    q, k, v = rows_first(q), rows_first(problem.k), rows_first(problem.v)
+    two = problem.current_k is not None
+    k1, v1 = (rows_first(problem.current_k), rows_first(problem.current_v)) if two else (k, v)
+    summary = problem.summary_k is not None
+    sk, sv = (rows_first(problem.summary_k), rows_first(problem.summary_v)) if summary else (k, v)
+    indices, counts, valid = (x.contiguous() for x in (problem.block_indices, problem.block_counts, problem.kv_valid))
+    tails = counts if problem.tails is None else problem.tails.contiguous()
     capability = 80 if interpreting() else 10 * torch.cuda.get_device_capability(q.device)[0]
-    config = launch_config(q.dtype, dim, block_size, capability)
-    # Query tiles run fastest and heads slowest: programs that run together share a head's K and V in the L2 cache.
-    grid = (length // config.rows, heads, batch)
+    config = launch_config(q.dtype, dim, size, capability)
+    # Query tiles run fastest and heads slowest: programs that run together share a head's K and V in the L2 cache. The
+    # second launch hardly ever has anything to do: few programs with little shared memory start and end soonest.
+    tiles = counts.numel() * (size // config.rows)
+    grid = (tiles if fixed else min(tiles, _multiprocessors(q.device)),)
     with torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext():
         kernel()[grid](
-            q, k, v, out, lse, block_indices, block_counts, kv_valid,
-            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            heads, length // block_size, block_indices.shape[-1], scale * LOG2E,
-            DIM=dim, ROWS=config.rows, KEYS=config.keys, BLOCK=block_size, EXACT=q.dtype == torch.float32,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            q, k, v, k1, v1, sk, sv, problem.summary_bias.contiguous() if summary else lse, out, lse,
+            counts if problem.rows is None else problem.rows, indices, counts, tails, valid, flags,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k1.stride()[:3], *v1.stride()[:3],
+            *sk.stride()[:3], *sv.stride()[:3], *out.stride()[:3],
+            heads, problem.query_blocks, tiles, indices.shape[-1], problem.first_blocks, sk.shape[2] if summary else 0,
+            problem.scale * LOG2E,
+            DIM=dim, ROWS=config.rows, KEYS=config.keys, BLOCK=size, EXACT=q.dtype == torch.float32,
+            TWO=two, TAILED=problem.tails is not None, SUMMARY=summary, MAPPED=problem.rows is not None,
+            FIXED=fixed, REDO=not fixed, FLAGS_A_BLOCK=flags.shape[-1],
+            num_warps=config.num_warps, num_stages=config.num_stages if fixed else 2,
         )  # fmt: skip
-    return out, lse
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @functools.cache
@@ -100,5 +139,3 @@ def kernel():
     from ._block_sparse_kernel import block_sparse_kernel
 
     return block_sparse_kernel
-
-

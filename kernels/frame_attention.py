@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from .block_sparse import attend
 from .layout import block_valid, num_blocks
 from .plan import CONTEXT
+from .problem import Problem
 
 __all__ = ["frame_attention"]
 
@@ -73,7 +74,7 @@ def _over(queries, k, v, blocks, block_size, scale, length: int | None = None):
     indices = blocks.int().expand(shape).contiguous()
     counts = torch.full(shape[:3], len(blocks), dtype=torch.int32, device=k.device)
     valid = block_valid(k.shape[2] if length is None else length, block_size, k.device)
-    return attend(queries, k, v, indices, counts, valid, block_size, scale)
+    return attend(Problem(queries, k, v, indices, counts, valid, block_size, scale))
 
 
 def _padded(parts: list[torch.Tensor], block_size: int) -> torch.Tensor:

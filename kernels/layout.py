@@ -8,8 +8,8 @@ holds the end of one tile and the start of the next, the two are neighbours in s
 
 The order of a grid is a prefix of the order of any longer one with whole time tiles, so history may be appended to.
 
-Index tensors are made on the device they are for, without host synchronisation, and cached. While a CUDA graph is being
-captured the cache is bypassed, because memory made in a capture belongs to the graph.
+Index tensors are made on the device they are for, without host synchronisation, and cached. What is first asked for while
+a CUDA graph is being captured is not kept, because memory made in a capture belongs to the graph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from ._compat import real_tensors
 
-__all__ = ["block_coordinates", "block_valid", "neighbour_counts", "neighbour_mask", "num_blocks", "tile_order", "tile_order_inverse"]
+__all__ = ["block_coordinates", "block_valid", "cached", "neighbour_counts", "neighbour_mask", "num_blocks", "row_places", "tile_order"]
 
 Tile = tuple[int, int, int]
 
@@ -45,17 +45,20 @@ def tile_order(frames: int, height: int, width: int, tile: Tile = (4, 4, 4), dev
     Raises:
         ValueError: a size below 1.
     """
-    return _cached(_tile_order, device, frames, height, width, tuple(tile))
+    return cached(_tile_order, device, frames, height, width, tuple(tile))
 
 
-def tile_order_inverse(frames: int, height: int, width: int, tile: Tile = (4, 4, 4), device="cpu") -> torch.Tensor:
-    """The inverse permutation of :func:`tile_order`: ``y[..., inverse, :]`` brings block order back to raster order."""
-    return _cached(_tile_order_inverse, device, frames, height, width, tuple(tile))
+def row_places(frames: int, height: int, width: int, tile: Tile, block_size: int, device="cpu") -> torch.Tensor:
+    """Where each row of whole blocks goes in raster order, -1 for padding: int32 ``[num_blocks * block_size]``.
+
+    :func:`tile_order` with its tail: ``y[places[i]] = x[i]`` undoes ``x = y[order]``.
+    """
+    return cached(_row_places, device, frames, height, width, tuple(tile), block_size)
 
 
 def block_valid(length: int, block_size: int, device="cpu") -> torch.Tensor:
     """True tokens of each block of a segment of ``length`` tokens: int32 ``[num_blocks]``; only the last is partial."""
-    return _cached(_block_valid, device, length, block_size)
+    return cached(_block_valid, device, length, block_size)
 
 
 def block_coordinates(frames: int, height: int, width: int, tile: Tile, block_size: int, device="cpu") -> torch.Tensor:
@@ -63,7 +66,7 @@ def block_coordinates(frames: int, height: int, width: int, tile: Tile, block_si
 
     Integers where a block is a tile; fractions where truncated tiles made a block straddle two.
     """
-    return _cached(_block_coordinates, device, frames, height, width, tuple(tile), block_size)
+    return cached(_block_coordinates, device, frames, height, width, tuple(tile), block_size)
 
 
 def neighbour_mask(frames: int, height: int, width: int, tile: Tile, block_size: int, device="cpu") -> torch.Tensor:
@@ -72,7 +75,7 @@ def neighbour_mask(frames: int, height: int, width: int, tile: Tile, block_size:
     The rule of the authors' prefill (method notes C.3): self and the six face neighbours, 7 at most where blocks are
     tiles. Distances are those of :func:`block_coordinates`.
     """
-    return _cached(_neighbour_mask, device, frames, height, width, tuple(tile), block_size)
+    return cached(_neighbour_mask, device, frames, height, width, tuple(tile), block_size)
 
 
 @functools.lru_cache(maxsize=64)
@@ -81,17 +84,23 @@ def neighbour_counts(frames: int, height: int, width: int, tile: Tile, block_siz
     return tuple(neighbour_mask(frames, height, width, tuple(tile), block_size, "cpu").sum(1).tolist())
 
 
-def _cached(make, device, *args):
+_made: dict[tuple, object] = {}
+_MOST = 1024  # a table more than this many starts the cache anew
+
+
+def cached(make, device, *args):
+    """``make(device, *args)``, made once for equal (hashable) arguments. Shared: don't write to it."""
     device = torch.device(device)
+    key = (make, device, *args)
+    if key in _made:
+        return _made[key]
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return make(device, *args)
-    return _lookup(make, device, *args)
-
-
-@functools.lru_cache(maxsize=256)
-def _lookup(make, device, *args):
+    if len(_made) >= _MOST:
+        _made.clear()
     with real_tensors():
-        return make(device, *args)
+        _made[key] = make(device, *args)
+    return _made[key]
 
 
 def _tile_grid(device, frames, height, width, tile):
@@ -113,11 +122,11 @@ def _tile_order(device, frames, height, width, tile):
     return torch.argsort(rank * math.prod(tile) + offset)  # keys are unique
 
 
-def _tile_order_inverse(device, frames, height, width, tile):
+def _row_places(device, frames, height, width, tile, block_size):
     order = _tile_order(device, frames, height, width, tile)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=device)
-    return inverse
+    places = torch.full((num_blocks(order.numel(), block_size) * block_size,), -1, dtype=torch.int32, device=device)
+    places[: order.numel()] = order
+    return places
 
 
 def _block_valid(device, length, block_size):

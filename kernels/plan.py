@@ -18,55 +18,62 @@ TEXT, CONTEXT, CURRENT = 0, 1, 2
 
 @dataclass(frozen=True)
 class Plan:
-    """Segments in block order and the budget of every query block.
+    """Blocks and the budget of every query block.
+
+    Blocks are numbered text first, then history, both in a source that stays, then the current segment's in another.
 
     Attributes:
-        lengths, frames: by segment, tokens and latent frames (0 for text).
-        order: segment numbers in block order: text, current, context.
-        text_segments: how many of them are text; the one after is current.
+        frames: by segment, latent frames (0 for text).
+        static: segment numbers of the first source, text before history. current: of the second.
+        blocks: by segment.
+        text_blocks, context_blocks, current_blocks, total: blocks of each kind and of all.
         decode: there is a context segment.
         dense: the ratio asks for everything.
-        prefix_blocks: blocks at the front that every query block keeps.
-        keep: candidates chosen by score, for each query block or all.
-        kept: blocks kept in all, by query block. pitch: the largest of them.
-        total: blocks there are.
+        first, candidates: the blocks that are chosen from; those around them are always kept.
+        keep: candidates chosen by score, by head (one row: all heads) and query block (one column: all).
+        kept: blocks kept in all by a query block, the mean over heads. pitch: the largest number of them.
     """
 
     lengths: tuple[int, ...]
     frames: tuple[int, ...]
-    order: tuple[int, ...]
-    text_segments: int
+    static: tuple[int, ...]
+    current: int
+    blocks: tuple[int, ...]
     height: int
     width: int
     tile: Tile
     block_size: int
+    text_blocks: int
+    context_blocks: int
+    current_blocks: int
     decode: bool
     dense: bool
-    prefix_blocks: int
-    keep: int | tuple[int, ...]
-    kept: tuple[int, ...]
+    first: int
+    candidates: int
+    keep: tuple[tuple[int, ...], ...]
+    kept: tuple[float, ...]
     pitch: int
     total: int
 
 
-def make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, prefill_ratio) -> Plan:
+def make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, head_ratios=()) -> Plan:
     """The plan for segments of these lengths and roles; arguments as in ``li::sparse_attention``.
 
     Raises ValueError where they don't fit together.
     """
-    return _make_plan(tuple(lengths), tuple(roles), height, width, tuple(tile), block_size, topk_ratio, prefill_ratio)
+    return _make_plan(tuple(lengths), tuple(roles), height, width, tuple(tile), block_size, topk_ratio, prefill_ratio, tuple(head_ratios))
 
 
 @functools.lru_cache(maxsize=256)
-def _make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, prefill_ratio) -> Plan:
+def _make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, head_ratios) -> Plan:
     if len(roles) != len(lengths) or not set(roles) <= {TEXT, CONTEXT, CURRENT} or roles.count(CURRENT) != 1:
         raise ValueError(
             f"Each of {len(lengths)} segments needs a role, 0 text, 1 context or 2 current, and exactly one is current; found {list(roles)}."
         )
     if height < 1 or width < 1 or block_size < 1 or len(tile) != 3 or min(tile) < 1:
         raise ValueError(f"Frame, tile and block sizes must be at least 1; found {height} x {width}, tile {tile}, block {block_size}.")
-    if topk_ratio < 0 or prefill_ratio < 0:
-        raise ValueError(f"Ratios must not be negative; found topk_ratio {topk_ratio} and prefill_ratio {prefill_ratio}.")
+    if min(topk_ratio, prefill_ratio, *head_ratios) < 0:
+        raise ValueError(f"Ratios must not be negative; found topk_ratio {topk_ratio}, prefill_ratio {prefill_ratio}, head_ratios {head_ratios}.")
     for length, role in zip(lengths, roles):
         if length < 1 or (role != TEXT and length % (height * width)):
             raise ValueError(
@@ -74,29 +81,27 @@ def _make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, pref
                 f"may be empty; found {length} tokens. Leave out empty segments."
             )
     frames = tuple(0 if role == TEXT else length // (height * width) for length, role in zip(lengths, roles))
-    order = tuple(sorted(range(len(roles)), key=lambda s: (TEXT, CURRENT, CONTEXT).index(roles[s])))
-    blocks = [num_blocks(length, block_size) for length in lengths]
-    in_role = lambda role: sum(n for n, r in zip(blocks, roles) if r == role)
+    current = roles.index(CURRENT)
+    static = tuple(s for kind in (TEXT, CONTEXT) for s, role in enumerate(roles) if role == kind)
+    blocks = tuple(num_blocks(length, block_size) for length in lengths)
+    text, context, queries = (sum(n for n, r in zip(blocks, roles) if r == kind) for kind in (TEXT, CONTEXT, CURRENT))
     decode = CONTEXT in roles
-    queries = in_role(CURRENT)
+    ratios = head_ratios or (topk_ratio if decode else prefill_ratio,)
     if decode:
-        prefix = in_role(TEXT) + in_role(CURRENT)
-        keep = _budget(topk_ratio, in_role(CONTEXT))
-        kept = (prefix + keep,) * queries
+        around, near = text + queries, (0,)
     else:
-        prefix = in_role(TEXT)
-        near = neighbour_counts(frames[roles.index(CURRENT)], height, width, tile, block_size)
-        keep = tuple(max(_budget(prefill_ratio, queries) - n, 0) for n in near)
-        kept = tuple(prefix + n + more for n, more in zip(near, keep))
-        if len(set(keep)) == 1:
-            keep = keep[0]
-    dense = (topk_ratio if decode else prefill_ratio) >= 1
-    total = sum(blocks)
-    if dense:
-        kept = (total,) * queries
+        around, near = text, neighbour_counts(frames[current], height, width, tile, block_size)
+        near = near[:1] if len(set(near)) == 1 else near
+    candidates = context if decode else queries
+    keep = tuple(tuple(max(_budget(ratio, candidates) - n, 0) for n in near) for ratio in ratios)
+    dense = min(ratios) >= 1
+    total = text + context + queries
+    kept = [around + n + sum(row[i] for row in keep) / len(keep) for i, n in enumerate(near)]
+    kept = (total,) * queries if dense else tuple(kept) * (queries if len(kept) == 1 else 1)
+    pitch = total if dense else max(around + n + max(row[i] for row in keep) for i, n in enumerate(near))
     return Plan(
-        lengths, frames, order, roles.count(TEXT), height, width, tile, block_size,
-        decode, dense, prefix, keep, kept, max(kept), total,
+        lengths, frames, static, current, blocks, height, width, tile, block_size, text, context, queries,
+        decode, dense, text, candidates, keep, kept, pitch, total,
     )  # fmt: skip
 
 
@@ -113,7 +118,7 @@ class Density:
     a dense plan runs without padding, at density 1.
     """
 
-    kept: tuple[int, ...]
+    kept: tuple[float, ...]
     total: int
 
     @property
@@ -122,10 +127,10 @@ class Density:
         return sum(self.kept) / (len(self.kept) * self.total)
 
 
-def density(lengths, roles, height, width, tile=(4, 4, 4), block_size=64, topk_ratio=0.175, prefill_ratio=0.3) -> Density:
+def density(lengths, roles, height, width, tile=(4, 4, 4), block_size=64, topk_ratio=0.175, prefill_ratio=0.3, head_ratios=()) -> Density:
     """Blocks that ``li::sparse_attention`` attends to for segments of these lengths; pure Python, exact.
 
     FLOPs of one head: ``4 * block_size**2 * D * sum(kept)``.
     """
-    plan = make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, prefill_ratio)
+    plan = make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, head_ratios)
     return Density(plan.kept, plan.total)

@@ -1,4 +1,4 @@
-"""Which key blocks each query block keeps: scores from block means, forced blocks, exact top-k, lists on the device.
+"""The operator ``li::choose_blocks``: which key blocks each query block keeps. One launch, lists on the device.
 
 After the paper (arXiv 2605.31158, 3-D block-sparse attention; method notes C.3), with its numerical defects mended:
 means divide by the true number of tokens, padding takes no part, and scores are fp32 (in bf16 they tie at the threshold
@@ -7,126 +7,210 @@ and ties fall to one region of the video).
 
 from __future__ import annotations
 
-import functools
+import contextlib
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from ._compat import real_tensors
+from ._compat import has_triton, interpreting
+from .providers import Provider, register_provider, select_provider
 
-__all__ = ["block_means", "block_scores", "choose_blocks", "select_blocks"]
+__all__ = ["Choice", "block_scores", "choose", "choose_blocks", "part_counts"]
+
+NAME = "choose_blocks"
 
 
-def select_blocks(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    q_valid: torch.Tensor,
-    kv_valid: torch.Tensor,
-    *,
-    block_size: int,
-    forced: torch.Tensor | None = None,
-    candidates: torch.Tensor | None = None,
-    keep: int | tuple[int, ...],
-    scale: float,
-    sub_blocks: int = 1,
-    pitch: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lists for :func:`~li_compile.kernels.block_sparse.block_sparse_attention`.
+@dataclass(frozen=True)
+class Choice:
+    """What is chosen from and how; :func:`choose_blocks` has the meaning of each."""
+
+    q_means: Tensor
+    k_means: Tensor
+    q_counts: Tensor
+    k_counts: Tensor
+    valid: Tensor
+    keep: Tensor
+    forced: Tensor | None
+    first: int
+    block_size: int
+    sub_blocks: int
+    scale: float
+    pitch: int
+    summary: bool
+
+    @property
+    def query_blocks(self) -> int:
+        return self.q_means.shape[2] // self.sub_blocks
+
+    @property
+    def candidates(self) -> int:
+        return self.k_means.shape[2] // self.sub_blocks
+
+
+@torch.library.custom_op(
+    "li::choose_blocks",
+    mutates_args=(),
+    schema="(Tensor q_means, Tensor k_means, Tensor q_counts, Tensor k_counts, Tensor valid, Tensor keep, Tensor? forced, "
+    "int first, int block_size, int sub_blocks, float scale, int pitch, bool summary) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def choose_blocks(q_means, k_means, q_counts, k_counts, valid, keep, forced, first, block_size, sub_blocks, scale, pitch, summary):
+    """Lists of key blocks for :func:`~li_compile.kernels.block_sparse.block_sparse_attention`.
+
+    Blocks ``first`` to ``first + candidates - 1`` are chosen from; those before and after are kept by every query block.
 
     Args:
-        q: ``[B, H, nq * block_size, D]``, k: ``[B, H, nk * block_size, D]``, in block order; padding may hold anything.
-        q_valid, kv_valid: int32 ``[nq]``, ``[nk]``: true tokens of each block, at least 1.
-        block_size: tokens of a block.
-        forced: bool ``[nq, nk]``: blocks that are always kept, on top of the ``keep``. None: none.
-        candidates: bool ``[nq, nk]``: blocks that may be chosen by score. None: all; forced ones don't count again.
-        keep: how many candidates to choose, for all query blocks or one number for each; all of them if there are fewer.
+        q_means: fp32 ``[B, H, nq * sub_blocks, D]``, means over the true tokens of each part of a query block.
+        k_means: fp32 ``[B, H, candidates * sub_blocks, D]``, likewise of the candidates' keys.
+        q_counts, k_counts: int32, true tokens of each part; parts with none take no part.
+        valid: int32 ``[total]``: true tokens of every block, to tell whole from partly filled ones. At least 1.
+        keep: int32 ``[1 or H, 1 or nq]``: how many candidates to choose by score; all, if there are fewer.
+        forced: bool ``[nq, candidates]`` or None: candidates that are kept on top of those.
+        first: number of the first candidate.
+        block_size: tokens of a whole block. sub_blocks: parts of a block. With 1, blocks are scored by the product of
+            their means; with more, by the log-sum-exp over pairs of parts, which follows the softmax's mass better
+            (recall .651 to .666 at 4, kernels notes 6).
         scale: the attention's factor on the scores.
-        sub_blocks: 1 scores by the product of block means. 4 cuts both blocks in four and takes the log-sum-exp over
-            pairs of sub-block means, which follows the softmax mass better (recall .651 to .666, kernels notes 6).
-        pitch: width of the lists, if fewer than nk are known to suffice. Longer lists would be cut.
+        pitch: width of the lists; longer ones would overflow.
+        summary: also return what :func:`block_sparse_attention` takes as ``summary_bias``.
 
     Returns:
-        ``(block_indices, block_counts)``: int32 ``[B, H, nq, pitch]``, ascending, zero past the count; int32
-        ``[B, H, nq]``. Equal scores at the threshold are broken arbitrarily; the count is always exact.
+        ``(block_indices, block_counts, tails, summary_bias)``: int32 ``[B, H, nq, pitch]``, whole blocks ascending and
+        then partly filled ones ascending; int32 ``[B, H, nq]``; int32 ``[B, H, nq]``, how many of the list are partly
+        filled; fp32 ``[B, H, nq, candidates]`` or empty. The choice is exact; of equal scores at the threshold the first
+        are taken.
 
-    Nothing is read back to the host. Raises ValueError for sizes that don't fit.
+    Nothing is read back to the host.
     """
-    q_means, q_real = block_means(q, q_valid, block_size, sub_blocks)
-    k_means, k_real = block_means(k, kv_valid, block_size, sub_blocks)
-    scores = block_scores(q_means, k_means, q_real, k_real, scale, sub_blocks)
-    return choose_blocks(scores, forced=forced, candidates=candidates, keep=keep, pitch=pitch)
+    return choose(Choice(q_means, k_means, q_counts, k_counts, valid, keep, forced, first, block_size, sub_blocks, scale, pitch, summary))
 
 
-def block_means(x, valid, block_size: int, sub_blocks: int = 1, padding_is_zero: bool = False):
-    """Means over the true tokens of each (sub-)block.
+@choose_blocks.register_fake
+def _(q_means, k_means, q_counts, k_counts, valid, keep, forced, first, block_size, sub_blocks, scale, pitch, summary):
+    return _outputs(Choice(q_means, k_means, q_counts, k_counts, valid, keep, forced, first, block_size, sub_blocks, scale, pitch, summary))
 
-    Args:
-        x: ``[B, H, n * block_size, D]``; valid: int32 ``[n]``.
-        padding_is_zero: the caller vouches for it, which saves a pass over x.
 
-    Returns:
-        fp32 (fp64 for fp64) ``[B, H, n * sub_blocks, D]``, zero where a sub-block is empty; bool ``[n * sub_blocks]``,
-        false there.
-    """
-    if block_size % sub_blocks or x.shape[2] != valid.numel() * block_size:
-        raise ValueError(
-            f"{sub_blocks} sub-blocks must divide the block size {block_size}, and {valid.numel()} blocks must fill the "
-            f"length; found length {x.shape[2]}."
-        )
+def choose(choice: Choice):
+    """:func:`choose_blocks` without the dispatcher around it, for operators that are opaque already."""
+    heads, blocks = choice.q_means.shape[1], choice.query_blocks
+    if choice.keep.dim() != 2 or choice.keep.shape[0] not in (1, heads) or choice.keep.shape[1] not in (1, blocks):
+        raise ValueError(f"keep must be [1 or {heads} heads, 1 or {blocks} query blocks]; found {tuple(choice.keep.shape)}.")
+    if choice.forced is not None and choice.forced.shape != (blocks, choice.candidates):
+        raise ValueError(f"forced must be [{blocks}, {choice.candidates}]; found {tuple(choice.forced.shape)}.")
+    if choice.valid.shape[0] < choice.first + choice.candidates:
+        raise ValueError(f"valid must cover {choice.first + choice.candidates} blocks; found {choice.valid.shape[0]}.")
+    provider, _ = select_provider(NAME, choice)
+    return provider.run(choice)
+
+
+def part_counts(valid: Tensor, block_size: int, sub_blocks: int) -> Tensor:
+    """True tokens of each part of blocks with ``valid`` ones: int32 ``[n]`` -> ``[n * sub_blocks]``."""
     size = block_size // sub_blocks
-    counts = (valid[:, None] - size * torch.arange(sub_blocks, device=x.device)).clamp(0, size).flatten()
-    parts = x.unflatten(2, (-1, size))
-    if not padding_is_zero:
-        real = torch.arange(size, device=x.device) < counts[:, None]
-        parts = torch.where(real[:, :, None], parts, torch.zeros((), dtype=x.dtype, device=x.device))
-    accumulate = torch.promote_types(x.dtype, torch.float32)
-    return parts.sum(-2, dtype=accumulate) / counts.clamp(min=1)[:, None], counts > 0
+    starts = size * torch.arange(sub_blocks, device=valid.device, dtype=torch.int32)
+    return (valid[:, None] - starts).clamp(0, size).flatten()
 
 
-def block_scores(q_means, k_means, q_real, k_real, scale: float, sub_blocks: int = 1) -> torch.Tensor:
-    """Scores ``[B, H, nq, nk]`` from :func:`block_means` of queries and keys, in the means' dtype."""
-    scores = (q_means * scale) @ k_means.transpose(-1, -2)
-    if sub_blocks == 1:
+def block_scores(choice: Choice) -> Tensor:
+    """Scores ``[B, H, nq, candidates]``, in the means' dtype."""
+    scores = (choice.q_means * choice.scale) @ choice.k_means.transpose(-1, -2)
+    if choice.sub_blocks == 1:
         return scores
-    scores = torch.where(q_real[:, None] & k_real, scores, float("-inf"))
-    return scores.unflatten(3, (-1, sub_blocks)).unflatten(2, (-1, sub_blocks)).logsumexp((3, 5))
+    real = (choice.q_counts > 0)[:, None] & (choice.k_counts > 0)
+    scores = torch.where(real, scores, float("-inf"))
+    return scores.unflatten(3, (-1, choice.sub_blocks)).unflatten(2, (-1, choice.sub_blocks)).logsumexp((3, 5))
 
 
-def choose_blocks(scores, *, forced=None, candidates=None, keep: int | tuple[int, ...], pitch: int | None = None):
-    """Forced blocks and the best ``keep`` other candidates, as lists; arguments as in :func:`select_blocks`."""
-    blocks = scores.shape[-1]
-    most = keep if isinstance(keep, int) else max(keep, default=0)
-    if most < 0 or (not isinstance(keep, int) and len(keep) != scores.shape[2]):
-        raise ValueError(f"keep must be at least 0, one number or one for each of {scores.shape[2]} query blocks; found {keep}.")
-    most = min(most, blocks)
-    if forced is None and candidates is None and isinstance(keep, int):  # the common case, and a shorter way
-        indices = scores.topk(most, -1, sorted=False).indices.sort(-1).values.int()
-        return _to_pitch(indices, pitch), torch.full(scores.shape[:3], most, dtype=torch.int32, device=scores.device)
-
-    allowed = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device) if candidates is None else candidates
-    if forced is not None:
-        allowed = allowed & ~forced
-    best = scores.masked_fill(~allowed, float("-inf")).topk(most, -1).indices
-    chosen = allowed.expand_as(scores).gather(-1, best)  # fewer candidates than keep: the surplus is none
-    if not isinstance(keep, int):
-        chosen = chosen & (torch.arange(most, device=scores.device) < _row_numbers(keep, scores.device)[:, None])
-    kept = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(-1, best, chosen)
-    if forced is not None:
-        kept |= forced
-    counts = kept.sum(-1, dtype=torch.int32)
-    order = torch.arange(blocks, device=scores.device)
-    indices = torch.where(kept, order, blocks).sort(-1).values
-    return _to_pitch(torch.where(indices == blocks, 0, indices).int(), pitch), counts
+def _outputs(choice: Choice):
+    batch, heads = choice.q_means.shape[:2]
+    empty = lambda *shape, dtype=torch.int32: torch.empty(*shape, dtype=dtype, device=choice.q_means.device)
+    lists = (batch, heads, choice.query_blocks)
+    bias = empty(*lists, choice.candidates, dtype=torch.float32) if choice.summary else empty(0, dtype=torch.float32)
+    return empty(*lists, choice.pitch), empty(*lists), empty(*lists), bias
 
 
-def _to_pitch(indices, pitch):
-    if pitch is None or pitch == indices.shape[-1]:
-        return indices.contiguous()
-    if pitch < indices.shape[-1]:
-        return indices[..., :pitch].contiguous()
-    return torch.nn.functional.pad(indices, (0, pitch - indices.shape[-1]))
+def _run_torch(choice: Choice):
+    """In plain PyTorch: the meaning that the kernel is tested against, and what runs on the CPU."""
+    device, total, candidates = choice.q_means.device, choice.valid.shape[0], choice.candidates
+    scores = block_scores(choice)
+    allowed = torch.ones(scores.shape[2:], dtype=torch.bool, device=device) if choice.forced is None else ~choice.forced
+    order = torch.sort(scores.masked_fill(~allowed, float("-inf")), dim=-1, descending=True, stable=True).indices
+    best = torch.arange(candidates, device=device) < choice.keep[..., None]  # [1 or H, 1 or nq, candidates], by rank
+    chosen = torch.zeros(scores.shape, dtype=torch.bool, device=device).scatter_(-1, order, best.expand_as(scores)) & allowed
+    if choice.forced is not None:
+        chosen |= choice.forced
+    kept = torch.ones(*scores.shape[:3], total, dtype=torch.bool, device=device)
+    kept[..., choice.first : choice.first + candidates] = chosen
+    partial = choice.valid < choice.block_size
+    numbers = torch.where(partial, total, 0) + torch.arange(total, device=device)
+    listed = torch.where(kept, numbers, 2 * total).sort(-1).values[..., : choice.pitch]
+    indices = torch.where(listed == 2 * total, 0, listed % total).int()
+    if choice.pitch > total:
+        indices = torch.nn.functional.pad(indices, (0, choice.pitch - total))
+    counts, tails = kept.sum(-1, dtype=torch.int32), (kept & partial).sum(-1, dtype=torch.int32)
+    bias = torch.empty(0, device=device)
+    if choice.summary:
+        sizes = choice.valid[choice.first : choice.first + candidates].float().log()
+        bias = torch.where(chosen, float("-inf"), sizes)
+    return indices.contiguous(), counts, tails, bias
 
 
-@functools.lru_cache(maxsize=64)
-def _row_numbers(keep: tuple[int, ...], device) -> torch.Tensor:
-    with real_tensors():  # copied to the device once, in the warm-up
-        return torch.tensor(keep, dtype=torch.int32).to(device)
+WIDEST = 4096  # candidates that a program of the kernel can hold
+
+
+def _supports_triton(choice: Choice) -> str | None:
+    """CUDA (or the interpreter), fp32 means, head_dim a power of two from 16 to 256, 1 to 8 sub-blocks, 4096 candidates."""
+    q = choice.q_means
+    if not has_triton():
+        return "Triton is not installed"
+    if not interpreting() and (q.device.type != "cuda" or torch.version.hip):
+        return f"it needs an NVIDIA GPU, found {q.device.type}"
+    if q.dtype != torch.float32:
+        return f"it takes fp32 means, found {q.dtype}"
+    if q.shape[-1] & (q.shape[-1] - 1) or not 16 <= q.shape[-1] <= 256:
+        return f"it takes a power of two from 16 to 256 as head_dim, found {q.shape[-1]}"
+    if choice.sub_blocks not in (1, 2, 4, 8):
+        return f"it takes 1, 2, 4 or 8 sub-blocks, found {choice.sub_blocks}"
+    around = max(choice.first, choice.valid.shape[0] - choice.first - choice.candidates)
+    if max(choice.candidates, around) > WIDEST:
+        return f"it holds {WIDEST} blocks, found {choice.candidates} to choose from and {around} around them"
+    return None
+
+
+def launch_config(sub_blocks: int, width: int, around: int) -> dict[str, int]:
+    """Query blocks a program, candidates a product, query blocks ranked at once and warps; compiled without spills.
+
+    Products have 16 or 32 rows: those take their operands from registers, where splitting them for the three products that
+    stand for one in fp32 is cheap. Wider ones (wgmma) would send the split operands through shared memory.
+    """
+    rows = 16 if sub_blocks == 1 else 32 // sub_blocks
+    return {"ROWS": rows, "CHUNK": 64 // sub_blocks, "AT_ONCE": max(1, min(rows, 2048 // max(width, around))), "num_warps": 8}
+
+
+def _run_triton(choice: Choice):
+    from ._select_kernel import select_kernel
+
+    outputs = indices, counts, tails, bias = _outputs(choice)
+    batch, heads, blocks = counts.shape
+    scores = torch.empty(*counts.shape, choice.candidates, dtype=torch.float32, device=counts.device)
+    total = choice.valid.shape[0]
+    power = lambda n: 1 << max(n - 1, 0).bit_length()
+    width = max(power(choice.candidates), 16)
+    around = max(power(max(choice.first, total - choice.first - choice.candidates)), 16)
+    launch = launch_config(choice.sub_blocks, width, around)
+    keep = choice.keep
+    strides = [0 if size == 1 else stride for size, stride in zip(keep.shape, keep.stride())]
+    forced = choice.forced
+    with torch.cuda.device(counts.device) if counts.device.type == "cuda" else contextlib.nullcontext():
+        select_kernel[(-(-blocks // launch["ROWS"]), heads, batch)](
+            choice.q_means.contiguous(), choice.k_means.contiguous(), choice.q_counts, choice.k_counts, choice.valid,
+            choice.valid if forced is None else forced.view(torch.uint8), keep, scores, indices, counts, tails, bias,
+            heads, blocks, choice.candidates, choice.first, total, choice.pitch, *strides, choice.scale,
+            DIM=choice.q_means.shape[-1], SUB=choice.sub_blocks, WIDTH=width, AROUND=around, BLOCK=choice.block_size,
+            HAS_FORCED=forced is not None, SUMMARY=choice.summary, num_stages=2, **launch,
+        )  # fmt: skip
+    return outputs
+
+
+register_provider(NAME, Provider("cpu", _run_torch, lambda c: None if c.q_means.device.type == "cpu" else "it needs CPU tensors"))
+register_provider(NAME, Provider("triton", _run_triton, _supports_triton))
+register_provider(NAME, Provider("reference", _run_torch, lambda choice: None))

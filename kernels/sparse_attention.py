@@ -1,38 +1,51 @@
-"""The graph-level operator ``li::sparse_attention``: from the model's own q, k, v segments to its output.
+"""The graph-level operators: from the model's own q, k, v segments to its output.
 
 What the paper (arXiv 2605.31158, 3-D block-sparse attention) does in a dozen launches and a read-back per layer: token
-layout, block scores, selection, attention and the way back. See :mod:`.layout`, :mod:`.selection`, :mod:`.block_sparse`.
+layout, block scores, selection, attention and the way back. ``li::sparse_attention`` is one call from start to end;
+``li::pack_context`` and ``li::sparse_decode`` part it where the history ends that stays for all steps of a chunk, so that
+it is packed once. See :mod:`.layout`, :mod:`.pack`, :mod:`.selection`, :mod:`.block_sparse`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .block_sparse import attend
-from .layout import block_valid, neighbour_mask, num_blocks, tile_order, tile_order_inverse
+from .layout import block_valid, cached, neighbour_mask, num_blocks, row_places, tile_order
+from .pack import Encoding, empty_pack, pack_into
 from .plan import CONTEXT, CURRENT, TEXT, Plan, make_plan
-from .selection import block_means, block_scores, choose_blocks
+from .problem import Problem
+from .selection import Choice, choose, part_counts
 from .workspace import scratch
 
-__all__ = ["CONTEXT", "CURRENT", "TEXT", "sparse_attention"]
+__all__ = ["CONTEXT", "CURRENT", "TEXT", "pack_context", "sparse_attention", "sparse_decode"]
+
+ENCODINGS = ("float eps=1e-6, Tensor? q_norm=None, Tensor? k_norm=None, Tensor? cos=None, Tensor? sin=None, "
+             "Tensor? q_camera=None, Tensor? kv_camera=None")  # fmt: skip
+SETTINGS = "SymInt height, SymInt width, int[] tile, int block_size, {ratios}, int sub_blocks, float scale, bool summary=False, float[] head_ratios=[], "
 
 
 @torch.library.custom_op(
     "li::sparse_attention",
     mutates_args=(),
-    schema="(Tensor q, Tensor[] k, Tensor[] v, int[] roles, SymInt height, SymInt width, int[] tile, int block_size, "
-    "float topk_ratio, float prefill_ratio, int sub_blocks, float scale) -> Tensor",
-)
-def sparse_attention(q, k, v, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, sub_blocks, scale):
+    schema="(Tensor q, Tensor[] k, Tensor[] v, int[] roles, "
+    + SETTINGS.format(ratios="float topk_ratio, float prefill_ratio") + ENCODINGS + ") -> Tensor",
+)  # fmt: skip
+def sparse_attention(q, k, v, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, sub_blocks, scale,
+                     summary=False, head_ratios=(), eps=1e-6, q_norm=None, k_norm=None, cos=None, sin=None, q_camera=None,
+                     kv_camera=None):  # fmt: skip
     """Attention of the current tokens over text, history and themselves, with history (or, in prefill, everything
     visual) thinned to the blocks that score best.
 
     Args:
         q: ``[B, H, Lq, D]``, any strides: the current segment's queries, in raster (T, H, W) order.
-        k, v: the segments in their order, each ``[B, H, Ls, D]``, any strides. Not concatenated.
+        k, v: the segments in their order, each ``[B', H, Ls, D]``, any strides. Not concatenated. B' is B, or with
+            cameras 2 B for all but the current segment.
         roles: one number a segment: 0 text, 1 context (history), 2 current. There is exactly one current segment, of
             Lq tokens. Visual segments (1, 2) hold whole frames of ``height * width`` tokens.
         height, width: tokens of a frame along each axis.
@@ -41,81 +54,260 @@ def sparse_attention(q, k, v, roles, height, width, tile, block_size, topk_ratio
             best ``floor(topk_ratio * blocks)`` for every query block and head. At least 1: dense attention.
         prefill_ratio: without (prefill): text and neighbouring blocks are kept, and best-scoring ones up to
             ``max(floor(prefill_ratio * blocks), neighbours)``. At least 1: dense attention.
-        sub_blocks: see :func:`~li_compile.kernels.selection.select_blocks`.
+        sub_blocks: see :func:`~li_compile.kernels.selection.choose_blocks`.
         scale: factor on the scores, above 0.
+        summary: blocks that are left out still take part through the means of their keys and values.
+        head_ratios: one ratio a head, in place of the one that applies; empty: the same for all.
+        eps, q_norm, k_norm, cos, sin, q_camera, kv_camera: what is yet to be done to the current segment's q, k and v,
+            see :class:`~li_compile.kernels.pack.Encoding`: the norms and RoPE to q and k, ``q_camera`` to q and
+            ``kv_camera`` to k and v. None: it was done before.
 
     Returns:
-        ``[B, H, Lq, D]``, contiguous, in q's token order and dtype.
+        ``[B', H, Lq, D]`` in q's token order and dtype, with [B', Lq, H, D] memory, as models go on with it.
 
     Raises ValueError if segments and roles don't fit; the sentence says which. There is no backward.
     """
-    lengths = [x.shape[2] for x in k]
-    plan = make_plan(lengths, roles, height, width, tuple(tile), block_size, topk_ratio, prefill_ratio)
-    _check(q, k, v, plan)
+    plan = make_plan([x.shape[2] for x in k], roles, height, width, tuple(tile), block_size, topk_ratio, prefill_ratio, head_ratios)
+    _check(q, k, v, plan, 1 if kv_camera is None else 2)
+    encodings = _encodings(eps, q_norm, k_norm, cos, sin, q_camera, kv_camera)
     if plan.dense:
-        keys, values = (x[0] if len(x) == 1 else torch.cat(x, 2) for x in (k, v))
-        return F.scaled_dot_product_attention(q, keys, values, scale=scale).contiguous()
-    return _run(plan, q, k, v, sub_blocks, scale)
+        return _dense(plan, q, k, v, scale, encodings)
+    static = _pack_static(plan, k, v, sub_blocks, summary, scratch) if plan.static else None
+    return _attend(plan, q, k[plan.current], v[plan.current], static, sub_blocks, scale, summary, encodings)
 
 
 @sparse_attention.register_fake
-def _(q, k, v, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, sub_blocks, scale):
-    return q.new_empty(q.shape)
+def _(q, k, v, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, sub_blocks, scale, summary=False,
+      head_ratios=(), eps=1e-6, q_norm=None, k_norm=None, cos=None, sin=None, q_camera=None, kv_camera=None):  # fmt: skip
+    return _new_out(q, 1 if kv_camera is None else 2)
 
 
-def _run(plan: Plan, q, k: Sequence[torch.Tensor], v: Sequence[torch.Tensor], sub_blocks: int, scale: float):
+@torch.library.custom_op(
+    "li::pack_context",
+    mutates_args=(),
+    schema="(Tensor[] k, Tensor[] v, int[] roles, SymInt height, SymInt width, int[] tile, int block_size, int sub_blocks, "
+    "bool summary=False) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def pack_context(k, v, roles, height, width, tile, block_size, sub_blocks, summary=False):
+    """Text and history in blocks, once for all denoising steps of a chunk that read them.
+
+    Args as for :func:`sparse_attention`, but with segments of roles 0 and 1 only, in the order in which they will be
+    named to :func:`sparse_decode`.
+
+    Returns:
+        ``(packed_k, packed_v, k_means, v_means)``: ``[B, H, blocks * block_size, D]``, text before history; fp32
+        ``[B, H, history blocks * sub_blocks, D]``; and means of the history's values, empty without ``summary``.
+    """
+    plan = _static_plan(k, roles, height, width, tile, block_size)
+    _check_segments(k, v, plan)
+    return _pack_static(plan, k, v, sub_blocks, summary, _fresh)
+
+
+@pack_context.register_fake
+def _(k, v, roles, height, width, tile, block_size, sub_blocks, summary=False):
+    first = k[0]
+    text = sum(num_blocks(x.shape[2], block_size) for x, role in zip(k, roles) if role == TEXT)
+    history = sum(num_blocks(x.shape[2], block_size) for x, role in zip(k, roles) if role == CONTEXT)
+    packed, means = empty_pack(first, text + history, block_size, sub_blocks)
+    average = lambda parts: means.new_empty(*means.shape[:2], history * parts, means.shape[3])
+    return packed, torch.empty_like(packed), average(sub_blocks), average(1) if summary else means.new_empty(0)
+
+
+@torch.library.custom_op(
+    "li::sparse_decode",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor packed_k, Tensor packed_v, Tensor k_means, Tensor v_means, SymInt[] lengths, "
+    "int[] roles, " + SETTINGS.format(ratios="float topk_ratio") + ENCODINGS + ") -> Tensor",
+)  # fmt: skip
+def sparse_decode(q, k, v, packed_k, packed_v, k_means, v_means, lengths, roles, height, width, tile, block_size, topk_ratio,
+                  sub_blocks, scale, summary=False, head_ratios=(), eps=1e-6, q_norm=None, k_norm=None, cos=None, sin=None,
+                  q_camera=None, kv_camera=None):  # fmt: skip
+    """:func:`sparse_attention` of a chunk whose text and history were packed by :func:`pack_context`.
+
+    Args:
+        q, k, v: the current segment alone, ``[B, H, Lq, D]``, any strides.
+        packed_k, packed_v, k_means, v_means: what :func:`pack_context` returned for the same settings.
+        lengths, roles: of the segments that it was given.
+        The rest: as for :func:`sparse_attention`.
+    """
+    plan = make_plan([*lengths, q.shape[2]], [*roles, CURRENT], height, width, tuple(tile), block_size, topk_ratio, 1.0, head_ratios)
+    encodings = _encodings(eps, q_norm, k_norm, cos, sin, q_camera, kv_camera)
+    _check_current(q, k, v, packed_k, 1 if kv_camera is None else 2)
+    if packed_k.shape != packed_v.shape or packed_k.shape[2] != (plan.total - plan.current_blocks) * block_size:
+        raise ValueError(f"packed_k and packed_v must hold {plan.total - plan.current_blocks} blocks of {block_size}; found "
+                         f"{tuple(packed_k.shape)} and {tuple(packed_v.shape)}.")  # fmt: skip
+    if plan.dense:
+        return _dense(plan, q, *_unpack(plan, packed_k, packed_v, k, v), scale, encodings)
+    return _attend(plan, q, k, v, (packed_k, packed_v, k_means, v_means), sub_blocks, scale, summary, encodings)
+
+
+@sparse_decode.register_fake
+def _(q, k, v, packed_k, packed_v, k_means, v_means, lengths, roles, height, width, tile, block_size, topk_ratio, sub_blocks,
+      scale, summary=False, head_ratios=(), eps=1e-6, q_norm=None, k_norm=None, cos=None, sin=None, q_camera=None,
+      kv_camera=None):  # fmt: skip
+    return _new_out(q, 1 if kv_camera is None else 2)
+
+
+def _new_out(q: Tensor, branches: int) -> Tensor:
+    batch, heads, length, dim = q.shape
+    return q.new_empty(batch * branches, length, heads, dim).transpose(1, 2)
+
+
+def _encodings(eps, q_norm, k_norm, cos, sin, q_camera, kv_camera) -> tuple[Encoding, Encoding, Encoding]:
+    """Of queries, keys and values."""
+    if (q_camera is None) != (kv_camera is None):
+        raise ValueError("q_camera and kv_camera go together; give both or neither.")
+    return Encoding(q_norm, eps, cos, sin, q_camera), Encoding(k_norm, eps, cos, sin, kv_camera), Encoding(camera=kv_camera)
+
+
+def _order(plan: Plan, segment: int, device) -> Tensor | None:
+    frames = plan.frames[segment]
+    return tile_order(frames, plan.height, plan.width, plan.tile, device) if frames else None
+
+
+def _fresh(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return like.new_empty(shape)
+
+
+def _pack_static(plan: Plan, k: Sequence[Tensor], v: Sequence[Tensor], sub_blocks: int, summary: bool, new):
+    """Text and history of a plan in one buffer each; new: where memory comes from, ``(name, shape, like)``."""
+    size = plan.block_size
+    first = k[plan.static[0]]
+    batch, heads, _, dim = first.shape
+    count = plan.text_blocks + plan.context_blocks
+    packed, means = [], []
+    for name, segments, kept_means in (("k", k, sub_blocks), ("v", v, 1)):
+        blocks = new(f"static {name}", (batch, heads, count * size, dim), first)
+        average = torch.empty(batch, heads, count * kept_means, dim, dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
+        at = 0
+        for s in plan.static:
+            pack_into(segments[s], _order(plan, s, first.device), blocks, average, size, kept_means, at=at)
+            at += plan.blocks[s]
+        packed.append(blocks)
+        means.append(average[:, :, plan.text_blocks * kept_means :].contiguous())
+    return packed[0], packed[1], means[0], means[1] if summary else means[1].new_empty(0)
+
+
+def _attend(plan: Plan, q, k, v, static, sub_blocks: int, scale: float, summary: bool, encodings) -> Tensor:
+    """The rest of a call whose text and history are packed: the current segment's blocks, selection, attention."""
     size, device = plan.block_size, q.device
-    grid = lambda frames: (frames, plan.height, plan.width, plan.tile)
-    current = grid(plan.frames[plan.order[plan.text_segments]])
-
-    # Blocks come text first, then the current chunk, then history, whatever the order of the segments: attention does
-    # not care, forced blocks are then one run at the front, and candidates one run at the end.
-    orders = [tile_order(*grid(plan.frames[s]), device) if plan.frames[s] else None for s in plan.order]
-    keys, values = (_pack(name, [x[s] for s in plan.order], orders, size) for name, x in (("packed_k", k), ("packed_v", v)))
-    queries = _pack("packed_q", [q], [tile_order(*current, device)], size)
-    valid = torch.cat([block_valid(plan.lengths[s], size, device) for s in plan.order])
-    q_valid = block_valid(q.shape[2], size, device)
-
-    # Scores only for blocks that are not kept anyway.
-    prefix = plan.prefix_blocks
-    q_means, q_real = block_means(queries, q_valid, size, sub_blocks, padding_is_zero=True)
-    k_means, k_real = block_means(keys[:, :, prefix * size :], valid[prefix:], size, sub_blocks, padding_is_zero=True)
-    scores = block_scores(q_means, k_means, q_real, k_real, scale, sub_blocks)
-    near = None if plan.decode else neighbour_mask(*current, size, device)
-    indices, counts = choose_blocks(scores, forced=near, keep=plan.keep, pitch=plan.pitch - prefix)
-    always = torch.arange(prefix, device=device, dtype=torch.int32).expand(*indices.shape[:3], prefix)
-    indices, counts = torch.cat((always, indices + prefix), -1), counts + prefix
-
-    out, _ = attend(queries, keys, values, indices, counts, valid, size, scale)
-    return out.index_select(2, tile_order_inverse(*current, device))
-
-
-def _pack(name: str, segments: Sequence[torch.Tensor], orders, block_size: int) -> torch.Tensor:
-    """Segments in block order, each padded with zeros to whole blocks, in one buffer ``[B, H, n * block_size, D]``."""
-    batch, heads, _, dim = segments[0].shape
-    starts = [0]
-    for x in segments:
-        starts.append(starts[-1] + num_blocks(x.shape[2], block_size) * block_size)
-    packed = scratch(name, (batch, heads, starts[-1], dim), segments[0])
-    for x, order, start, stop in zip(segments, orders, starts, starts[1:]):
-        end = start + x.shape[2]
-        if order is None:
-            packed[:, :, start:end].copy_(x)
-        else:
-            torch.index_select(x, 2, order, out=packed[:, :, start:end])
-        if end < stop:
-            packed[:, :, end:stop].zero_()
-    return packed
+    tables = plan_tables(plan, sub_blocks, device)
+    current = []
+    for name, x, parts, encoding in (("q", q, sub_blocks, encodings[0]), ("k", k, sub_blocks, encodings[1]), ("v", v, 1, encodings[2])):
+        batch, heads, _, dim = x.shape
+        shape = (batch * encoding.branches, heads, plan.current_blocks * size, dim)
+        packed = scratch(f"current {name}", shape, x)
+        means = torch.empty(*shape[:2], plan.current_blocks * parts, dim, dtype=torch.promote_types(x.dtype, torch.float32), device=device)
+        pack_into(x, tables.order, packed, means, size, parts, encoding)
+        current.append((packed, means))
+    (queries, q_means), (keys, current_means), (values, value_means) = current
+    k_means, v_means = (static[2], static[3]) if plan.decode else (current_means, value_means)
+    indices, counts, tails, bias = choose(Choice(
+        q_means, k_means, tables.q_counts, tables.k_counts, tables.valid, tables.keep, tables.near, plan.first, size, sub_blocks,
+        scale, plan.pitch, summary,
+    ))  # fmt: skip
+    k_summary, v_summary = None, None
+    if summary:
+        k_summary = k_means if sub_blocks == 1 else _whole_means(k_means, tables.k_counts, sub_blocks)
+        k_summary, v_summary = k_summary.to(q.dtype), v_means.to(q.dtype)
+    nothing = keys[:, :, :0]
+    packed_k, packed_v = static[:2] if static is not None else (nothing, nothing)
+    out, _ = attend(Problem(
+        queries, packed_k, packed_v, indices, counts, tables.valid, size, scale, tails, keys, values, k_summary, v_summary,
+        bias if summary else None, rows=tables.rows, length=q.shape[2], clean=True,
+    ))  # fmt: skip
+    return out
 
 
-def _check(q, k, v, plan: Plan) -> None:
+class Tables(NamedTuple):
+    """What depends on a plan alone, on a device: orders, counts and masks."""
+
+    order: Tensor
+    rows: Tensor
+    valid: Tensor
+    q_counts: Tensor
+    k_counts: Tensor
+    near: Tensor | None
+    keep: Tensor
+
+
+def plan_tables(plan: Plan, sub_blocks: int, device) -> Tables:
+    return cached(_plan_tables, device, plan, sub_blocks)
+
+
+def _plan_tables(device, plan: Plan, sub_blocks: int) -> Tables:
+    size = plan.block_size
+    grid = (plan.frames[plan.current], plan.height, plan.width, plan.tile)
+    valid = torch.cat([block_valid(plan.lengths[s], size, device) for s in (*plan.static, plan.current)])
+    parts = lambda x: x if sub_blocks == 1 else part_counts(x, size, sub_blocks)
+    return Tables(
+        tile_order(*grid, device), row_places(*grid, size, device), valid, parts(block_valid(plan.lengths[plan.current], size, device)),
+        parts(valid[plan.first : plan.first + plan.candidates]), None if plan.decode else neighbour_mask(*grid, size, device),
+        torch.tensor(plan.keep, dtype=torch.int32).to(device),
+    )  # fmt: skip
+
+
+def _whole_means(means: Tensor, counts: Tensor, sub_blocks: int) -> Tensor:
+    """Means of whole blocks from those of their parts."""
+    counts = counts.view(-1, sub_blocks, 1)
+    return (means.unflatten(2, (-1, sub_blocks)) * (counts / counts.sum(1, keepdim=True))).sum(3)
+
+
+def _dense(plan: Plan, q, k: Sequence[Tensor], v: Sequence[Tensor], scale: float, encodings) -> Tensor:
+    """Dense attention, with what is left to do to the current segment done one after the other."""
+    batch, _, length, _ = q.shape
+    plain = Encoding(eps=encodings[0].eps)
+    encoded = []
+    for x, encoding in zip((q, k[plan.current], v[plan.current]), encodings):
+        if encoding != plain and encoding != Encoding():
+            packed, means = empty_pack(x, length, 1, 1, encoding)
+            pack_into(x, None, packed, means, 1, 1, encoding)
+            x = packed
+        encoded.append(x)
+    segments = [[encoded[i] if s == plan.current else x for s, x in enumerate(xs)] for i, xs in ((1, k), (2, v))]
+    keys, values = (xs[0] if len(xs) == 1 else torch.cat(xs, 2) for xs in segments)
+    out = F.scaled_dot_product_attention(encoded[0], keys, values, scale=scale)
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _unpack(plan: Plan, packed_k, packed_v, k, v) -> tuple[list[Tensor], list[Tensor]]:
+    """The segments as dense attention may have them: in block order, which it does not mind, and without padding."""
+    lists, at = ([], []), 0
+    for s in plan.static:
+        for parts, packed in zip(lists, (packed_k, packed_v)):
+            parts.append(packed[:, :, at * plan.block_size : at * plan.block_size + plan.lengths[s]])
+        at += plan.blocks[s]
+    by_number = dict(zip(plan.static, range(len(plan.static))))
+    return tuple([xs[by_number[s]] if s in by_number else x for s in range(len(plan.lengths))] for xs, x in zip(lists, (k, v)))
+
+
+def _static_plan(k: Sequence[Tensor], roles, height, width, tile, block_size) -> Plan:
+    """A plan for text and history alone; the current segment, which has no part in it, is taken to be one frame."""
+    return make_plan([*(x.shape[2] for x in k), height * width], [*roles, CURRENT], height, width, tuple(tile), block_size, 0.0, 0.0)
+
+
+def _check(q, k, v, plan: Plan, branches: int) -> None:
     if len(k) != len(plan.lengths) or [x.shape for x in v] != [x.shape for x in k]:
         raise ValueError(f"k and v need the same segments; found {[tuple(x.shape) for x in k]} and {[tuple(x.shape) for x in v]}.")
-    for x in (*k, *v):
-        if x.shape[:2] != q.shape[:2] or x.shape[3] != q.shape[3] or x.dtype != q.dtype or x.device != q.device:
+    if q.shape[2] != plan.lengths[plan.current]:
+        raise ValueError(f"q must hold the current segment's {plan.lengths[plan.current]} tokens; found {q.shape[2]}.")
+    for s, (x, y) in enumerate(zip(k, v)):
+        _check_current(q, x, y, None, 1 if s == plan.current else branches)
+
+
+def _check_segments(k, v, plan: Plan) -> None:
+    if len(k) != len(plan.static) or [x.shape for x in v] != [x.shape for x in k]:
+        raise ValueError(f"k and v need the same segments, of roles 0 and 1; found {[tuple(x.shape) for x in k]} and {[tuple(x.shape) for x in v]}.")
+    for x, y in zip(k, v):
+        _check_current(k[0], x, y, None, 1)
+
+
+def _check_current(q, k, v, packed, branches: int) -> None:
+    beside = (packed,) if packed is not None else (k, v)
+    want = (q.shape[0] * branches, q.shape[1])
+    for x, batch in [(x, want[0]) for x in beside] + ([(k, q.shape[0]), (v, q.shape[0])] if packed is not None else []):
+        if (x.shape[0], x.shape[1]) != (batch, want[1]) or x.shape[3] != q.shape[3] or x.dtype != q.dtype or x.device != q.device:
             raise ValueError(
                 f"Every segment must share batch, heads, head_dim, dtype and device with q, {tuple(q.shape)} {q.dtype} "
-                f"{q.device}; found {tuple(x.shape)} {x.dtype} {x.device}."
+                f"{q.device} (batch times {branches}); found {tuple(x.shape)} {x.dtype} {x.device}."
             )
-    if q.shape[2] != plan.lengths[plan.order[plan.text_segments]]:
-        raise ValueError(f"q must hold the current segment's {plan.lengths[plan.order[plan.text_segments]]} tokens; found {q.shape[2]}.")

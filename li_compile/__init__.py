@@ -28,6 +28,7 @@ _EXPORTS: dict[str, str | None] = {
     "SparseConfig": "li_compile.config",
     "compile": "li_compile.compiling",
     "explain": "li_compile.explaining",
+    "gated": "li_compile.gating",
     "last_report": "li_compile.backend",
     "patterns": None,
 }

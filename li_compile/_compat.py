@@ -38,6 +38,20 @@ def inductor(module: torch.fx.GraphModule, inputs: Sequence[Any], patches: dict[
     return compile_fx(module, list(inputs), config_patches={**patches, place: DigestPass(digest, patches.get(place))})
 
 
+def as_traced(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Let AOTAutograd see which inputs of a copy or part of Dynamo's graph are weights, which copying makes it forget.
+
+    Only these stay in place under CUDA graphs; all other inputs are copied at every call. Inputs have no source, as in
+    the parts that Dynamo's DDPOptimizer makes (2.13, 2.14: ``dynamo_compile_id``, ``_param_name_to_source``,
+    ``_dynamo_source``).
+    """
+    if "dynamo_compile_id" in module.meta:
+        module._param_name_to_source = {}
+        for node in module.graph.find_nodes(op="placeholder"):
+            node._dynamo_source = None
+    return module
+
+
 def mode_patches(mode: str | None) -> dict[str, Any]:
     """Inductor's options for ``torch.compile(mode=...)``; raises RuntimeError for an unknown mode."""
     if mode is None or mode == "default":
@@ -94,3 +108,16 @@ def graph_breaks() -> list[str]:
     from torch._dynamo.utils import counters
 
     return [f"{reason.splitlines()[0]} ({count} x)" for reason, count in counters["graph_break"].items()]
+
+
+def memory_of(x: torch.Tensor) -> tuple | None:
+    """What a tensor is a view of, how, and how often that was written to; None if this is not counted.
+
+    Equal for two tensors with the same contents in the same memory. Holds the memory weakly, and its address is not
+    given to another while this lives (2.11 to 2.14: ``StorageWeakRef``; versions are counted except for inference tensors).
+    """
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    if x.is_inference() or x.layout != torch.strided:
+        return None
+    return StorageWeakRef(x.untyped_storage()), x.storage_offset(), tuple(x.shape), x.stride(), x.dtype, x._version

@@ -52,12 +52,20 @@ def several(*rules: Rule) -> Rule:
     return Rule("(" + ", ".join(rule.allowed for rule in rules) + ")", parse)
 
 
-def every(rule: Rule) -> Rule:
+def listed(rule: Rule) -> Rule:
     def parse(value: Any) -> tuple:
         accept(isinstance(value, (tuple, list)) and len(value) > 0, value)
         return tuple(rule.parse(item) for item in value)
 
-    return Rule(f"one or more of: {rule.allowed}", parse)
+    return Rule(f"a tuple, each {rule.allowed}", parse)
+
+
+def ascending(low: int, high: int = 1 << 20) -> Rule:
+    def parse(value: Any) -> tuple[int, ...]:
+        items = tuple(integer(low, high).parse(item) for item in accept(isinstance(value, (tuple, list)), value))
+        return accept(items != () and all(a < b for a, b in zip(items, items[1:])), items)
+
+    return Rule(f"ascending whole numbers from {low}", parse)
 
 
 def one_of(*names: str) -> Rule:
@@ -72,6 +80,7 @@ def optional(rule: Rule) -> Rule:
 FLAG = Rule("True or False", lambda value: accept(isinstance(value, bool), value))
 RATIO = real(0, 1)
 SHARE = real(0, 1, above=True)
+RATIOS = listed(RATIO)
 NAME = Rule("a name (str)", lambda value: accept(isinstance(value, str) and value != "", value))
 
 

@@ -18,8 +18,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from li_compile._rules import (FLAG, NAME, RATIO, SHARE, every, integer, one_of, option, optional, real, several,
-                               validate)
+from li_compile._rules import (FLAG, NAME, RATIO, RATIOS, SHARE, ascending, integer, listed, one_of, option, optional, real,
+                               several, validate)
 from li_compile.errors import ConfigError
 
 __all__ = ["PRESETS", "CacheConfig", "Config", "ContextConfig", "ExactConfig", "SparseConfig"]
@@ -64,10 +64,14 @@ class _Section:
 
 @dataclasses.dataclass(frozen=True)
 class ExactConfig(_Section):
-    """Rewrites that change no result beyond rounding: on in every preset but ``off``."""
+    """Rewrites that change no result beyond rounding: on in every preset but ``off``.
+
+    shared_steps: the model that a sampling loop calls N times is compiled once and called N times.
+    """
 
     section: ClassVar[str] = "exact"
     enabled: bool = option(True, FLAG)
+    shared_steps: bool = option(True, FLAG)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +88,8 @@ class SparseConfig(_Section):
     min_context: latent frames kept in context from which attention is made sparse.
     skip_layers: leading layers left dense. 1 in the code; not in the paper.
     grid: rows and columns of tokens in one latent frame; None: found in the graph.
+    summary: blocks that are left out still take part, through the means of their keys and values.
+    head_ratios: one ratio a head in place of topk_ratio, where heads need budgets of their own; None: the same for all.
     """
 
     section: ClassVar[str] = "sparse"
@@ -96,6 +102,8 @@ class SparseConfig(_Section):
     min_context: int = option(8, integer(0))
     skip_layers: int = option(1, integer(0))
     grid: tuple[int, int] | None = option(None, optional(several(integer(1), integer(1))))
+    summary: bool = option(False, FLAG)
+    head_ratios: tuple[float, ...] | None = option(None, optional(RATIOS))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -163,7 +171,7 @@ class ContextConfig(_Section):
     kappa: float = option(None, optional(real(0, above=True)))  # type: ignore[assignment]
     dynamics_unit: str = option(None, optional(one_of("chunk", "frame")))  # type: ignore[assignment]
     teleport: float = option(0.5, real(0, above=True))
-    slot_references: tuple[int, ...] = option((1, 9, 17, 25, 33), every(integer(1)))
+    slot_references: tuple[int, ...] = option((1, 9, 17, 25, 33), listed(integer(1)))
     slot_sink: int = option(4, integer(0))
 
     def __post_init__(self) -> None:
@@ -186,9 +194,10 @@ class ContextConfig(_Section):
 
     def lengths(self) -> tuple[int, int]:
         """The shortest and the longest context, in latents, of a plan with enough history."""
-        least = self.anchor_frames + self.temporal_frames
-        return (1, len(self.slot_references)) if self.policy == "slots" else \
-            (max(1, -(-least // self.chunk_frames)) * self.chunk_frames, self.memory_frames)
+        if self.policy == "slots":
+            return 1, len(self.slot_references)
+        least = self.temporal_frames + (0 if self.policy == "coverage" else self.anchor_frames)  # there on new ground only
+        return max(1, -(-least // self.chunk_frames)) * self.chunk_frames, self.memory_frames
 
     def view(self) -> dict[str, Any]:
         """What a camera sees, as keyword arguments of ``kernels.view_overlap``. Needs torch if intrinsics are given."""
@@ -205,16 +214,34 @@ class ContextConfig(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class CacheConfig(_Section):
-    """Denoising steps between the first and the last take the first one's output (paper eq. 5-8).
+    """Denoising steps that are not computed: earlier outputs of the model stand in (paper eq. 5-8; docs/cached_steps.md).
 
     threshold: least view overlap of the best candidate chunk for which a chunk's steps are reused (tau_FOV).
     min_steps: least number of denoising steps for which it is done; below 3 there is no step to skip.
+    predictor: what stands in. "hold": the last computed output (the authors'); "linear": the line through the last two;
+        "previous": the last one, changed as over the same steps of the last chunk that was computed in full, unless an
+        action has changed since.
+    skip: steps to skip, counted from 0; None: all between the first and the last (the authors': 1, 2 of 4 and 1 of 3),
+        which with "hold" is a schedule of two steps. The first and the last step are computed in any case.
+    gate: which chunks. "views": those whose cameras are back where they were (threshold); "always": all.
+    guard: most relative L1 distance of the last step's computed output from what would have stood in for it; past it,
+        ``guard_chunks`` chunks are computed in full. Watched inside a Session; None: not watched.
     """
 
     section: ClassVar[str] = "cache"
     enabled: bool = option(True, FLAG)
     threshold: float = option(0.7, RATIO)
     min_steps: int = option(3, integer(3, 10_000))
+    predictor: str = option("hold", one_of("hold", "linear", "previous"))
+    skip: tuple[int, ...] | None = option(None, optional(ascending(1, 10_000)))
+    gate: str = option("views", one_of("views", "always"))
+    guard: float | None = option(0.2, optional(real(0)))
+    guard_chunks: int = option(2, integer(1, 10_000))
+
+    def skipped(self, steps: int) -> tuple[int, ...]:
+        """The steps of a schedule of so many that a chunk with reuse does not compute; none below ``min_steps``."""
+        between = range(1, steps - 1) if steps >= self.min_steps else ()
+        return tuple(i for i in between if self.skip is None or i in self.skip)
 
 
 _SECTIONS: dict[str, type[_Section]] = {c.section: c for c in (ExactConfig, SparseConfig, ContextConfig, CacheConfig)}

@@ -6,21 +6,34 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from li_compile import _compat
 from li_compile.config import Config
 from li_compile.errors import PoseError
-from li_compile.patterns import CONTEXT, Miss
+from li_compile.loops import LoopRun, LoopVariant
+from li_compile.patterns import CONTEXT
 from li_compile.patterns.graph import placeholders
-from li_compile.pipeline import Facts, build, can_reuse
+from li_compile.pipeline import Base, Facts, build, prepare
 from li_compile.policy import ChunkPlan, dynamics_unit, latent_change, plan_context
+from li_compile.regions import lower_regions
 from li_compile.report import GraphReport
+from li_compile.reuse import can_reuse, why_not
 from li_compile.session import Session
+from li_compile.steps import StepRun, why_no_step
 
-Variant = tuple  # context frames kept (None: all that are given), steps reused; then other sizes that may change
+if TYPE_CHECKING:
+    from li_compile.scope import ChunkScope
+
+
+class Variant(NamedTuple):
+    """What a compiled variant is for. kept: context frames, None: all that are given; sizes: others that may change."""
+
+    kept: int | None
+    reuse: bool
+    sizes: tuple[torch.Size, ...] = ()
 
 
 class Dispatcher:
@@ -36,52 +49,61 @@ class Dispatcher:
         self.facts, self.config, self.lower, self.report = facts, config, lower, report
         self.names = [p.name for p in placeholders(facts.module.graph)]
         self.lock = threading.Lock()
-        self.compiled: dict[Variant, Callable] = {}
-        context, loop = facts.context, facts.loop
-        self.prunes = context is not None and config.context.enabled
+        self.compiled: dict[Variant, LoopVariant] = {}
+        # Of each context length: the graph before its variants part, and the regions that they share, compiled.
+        self.bases: dict[tuple, tuple[Base, dict[str, Callable]]] = {}
+        self.prunes = facts.context is not None and config.context.enabled
         self.reuses = can_reuse(facts, config)
-        if loop is not None and config.cache.enabled and loop.steps < config.cache.min_steps:
-            report.misses.append(Miss("cached steps", loop.calls[0][0].name, f"{loop.steps} denoising steps, reuse needs "
-                                      f"at least {config.cache.min_steps}: the first and the last are always computed"))
-        elif loop is not None and config.cache.enabled and context is None:
-            report.misses.append(Miss("cached steps", loop.calls[0][0].name, "no context with camera poses that could "
-                                      "say when the camera is back where it was"))
+        self.loop = LoopRun(facts, config) if self.reuses else None
+        called = facts.loop is None and config.cache.enabled  # perhaps step by step, from a loop in Python
+        self.no_step = why_no_step(facts) if called else None
+        self.step = StepRun(facts, config) if called and self.no_step is None else None
+        if facts.loop is not None and config.cache.enabled and (miss := why_not(facts, config)) is not None:
+            report.misses.append(miss)
         # What may change without the plan: dynamic sizes and numbers that are not the context's.
-        pruned = set(context.sizes) | (set(context.inputs) if context.at_source else set()) if self.prunes else set()
+        context, pruned = facts.context, set()
+        if self.prunes:
+            pruned = set(context.sizes) | (set(context.inputs) if context.at_source else set())
         self.other = [i for i, (name, fake) in enumerate(zip(self.names, fakes)) if name not in pruned and isinstance(fake, torch.Tensor)
                       and any(isinstance(d, torch.SymInt) for d in fake.shape)]
         self.free = free_numbers(fakes, pruned, self.names) if self.prunes else []
         if not self.prunes or context.history_w2c is None:  # without cameras, a call outside of Session.chunk() is not pruned
             for reuse in (False, True) if self.reuses else (False,):
-                self._add((None, reuse), inputs, fakes, _compat.fake_mode_of(fakes))
+                self._add(Variant(None, reuse), inputs, fakes, _compat.fake_mode_of(fakes))
 
     def __call__(self, *args: Any):
-        variant, plan, run = (None, False), None, None
-        if self.prunes or self.reuses:
-            plan = self.plan(args)
-        if plan is not None:
-            frames = tuple(range(plan.history)) if not self.prunes else plan.indices if plan.slots is None else plan.slots
-            variant = (len(frames) if self.prunes else None, plan.reuse and self.reuses)
-            if self.prunes and (self.facts.context.at_source or len(frames) < plan.history):
+        session, given = Session.current(), args
+        scope = session.scope if session is not None else None
+        plan = self.plan(args, session) if self.prunes or self.reuses and self.facts.context is not None else None
+        kept, sizes = None, ()
+        if self.prunes and plan is not None:
+            frames = plan.indices if plan.slots is None else plan.slots
+            if self.facts.context.at_source or len(frames) < plan.history:  # else all of the cache is read: the graph as it is
                 args = self.select(args, plan, frames)
-                variant = (*variant, *(args[i].shape for i in self.other))
-            elif self.prunes:
-                variant = (None, variant[1])  # all of the cache is read: the graph as it is
+                kept, sizes = len(frames), tuple(args[i].shape for i in self.other)
+        plan = plan or self._unplanned()
+        chunk = self.loop.begin(session, plan, given) if self.loop is not None else None
+        variant = Variant(kept, chunk is not None and chunk.reuse, sizes)
         run = self.compiled.get(variant)
         if run is None:
             run = self._compile_now(variant, args)
-        session = Session.current()
-        plan = plan or self._unplanned()
-        # A graph without loop and cameras may be one step of a chunk: who calls it knows when the chunk is done.
-        step = self.facts.loop is None and (self.facts.context is None or self.facts.context.history_w2c is None)
-        if session is None or plan is None or step:
-            return run(*args)
+        if scope is not None and self.facts.loop is None:
+            scope.planned |= self.prunes
+            return self._step(scope, given, lambda: run(args))
         start = time.perf_counter()
-        out = run(*args)
-        steps = self.facts.loop.steps if self.facts.loop is not None else None
-        calls = (2 if variant[1] else steps) if steps is not None else None
-        session.record(plan, steps=steps, calls=calls, seconds=time.perf_counter() - start)
+        out = run(args) if chunk is None else chunk.run(run, args)
+        if session is not None and plan is not None:
+            steps = self.facts.loop.steps if self.facts.loop is not None else None
+            done = {"calls": steps} if chunk is None else chunk.done
+            session.record(plan if chunk is None else chunk.plan, steps=steps, seconds=time.perf_counter() - start, **done)
         return out
+
+    def _step(self, scope: ChunkScope, given: Sequence[Any], run: Callable[[], Any]) -> Any:
+        """One call of perhaps several in a chunk that the scope records."""
+        if self.step is not None:
+            return self.step.call(scope, given, run)
+        scope.reasons += [self.no_step.reason] if self.no_step is not None else []
+        return run()
 
     def _unplanned(self) -> ChunkPlan | None:
         """What a session records of a chunk for which there was nothing to decide; None if the graph is no chunk."""
@@ -92,9 +114,9 @@ class Dispatcher:
             return None
         return ChunkPlan(tuple(range(frames)), False, 0.0, {}, "nothing to decide in this graph", frames)
 
-    def plan(self, args: Sequence[Any]) -> ChunkPlan | None:
+    def plan(self, args: Sequence[Any], session: Session | None) -> ChunkPlan | None:
         """The plan for these inputs; None if the graph has no cameras and no session says which chunk this is."""
-        context, session = self.facts.context, Session.current()
+        context = self.facts.context
         if context.history_w2c is None:
             return self._pending(args, session)
         poses = [args[self.names.index(n)] for n in (context.history_w2c, context.current_w2c)]
@@ -113,8 +135,8 @@ class Dispatcher:
                          "all kept: the samples of the batch differ", len(everything))
 
     def _pending(self, args: Sequence[Any], session: Session | None) -> ChunkPlan | None:
-        """The plan of the chunk that the session is in, if it is for as many frames as the graph holds."""
-        context, plan = self.facts.context, session.pending if session is not None else None
+        """The plan of the session's open chunk, if it is for as many frames as the graph holds."""
+        context, plan = self.facts.context, session.scope.plan if session is not None and session.scope is not None else None
         if plan is None or not self.prunes:
             return plan
         given = plan.history if plan.slots is None else len(self.config.context.slot_references)
@@ -123,7 +145,7 @@ class Dispatcher:
         # A preallocated cache has room for more than it holds; how much that is cannot be seen from outside.
         if context.form != "slices" and holds != given:
             raise PoseError(f"the session's plan is for {given} context frames, {name} holds {holds}; plan the chunk with the history that "
-                            "the model is given, or call it outside of Session.chunk()")
+                            "the model is given, call it outside of Session.chunk(), or set context.enabled = False")
         return plan if plan.slots is None else dataclasses.replace(plan, history=given)
 
     def _change(self, args: Sequence[Any]) -> float | None:
@@ -160,7 +182,7 @@ class Dispatcher:
             selected[self.names.index(name)] = c.size(len(index))
         return selected
 
-    def _compile_now(self, variant: Variant, args: Sequence[Any]) -> Callable:
+    def _compile_now(self, variant: Variant, args: Sequence[Any]) -> LoopVariant:
         with self.lock:
             if variant not in self.compiled:
                 mode, fakes = _compat.static_fakes(args, free=self.free)
@@ -168,9 +190,13 @@ class Dispatcher:
             return self.compiled[variant]
 
     def _add(self, variant: Variant, inputs: Sequence[Any], fakes: Sequence[Any], mode) -> None:
-        module, report = build(self.facts, self.config, fakes, mode, kept=variant[0], reuse=variant[1])
+        length = variant.kept, variant.sizes
+        if length not in self.bases:
+            self.bases[length] = prepare(self.facts, self.config, fakes, mode, variant.kept), {}
+        base, regions = self.bases[length]
+        module, report = build(self.facts, self.config, fakes, mode, kept=variant.kept, reuse=variant.reuse, base=base)
         self.report.variants.append(report)
-        self.compiled[variant] = self.lower(module, inputs)
+        self.compiled[variant] = LoopVariant.of(self.facts, module, report, lower_regions(module, inputs, self.lower, regions))
 
 
 def free_numbers(fakes: Sequence[Any], pruned: set[str], names: Sequence[str]) -> list[int]:

@@ -11,8 +11,9 @@ from torch.utils._pytree import tree_leaves
 from li_compile import _compat, patterns
 from li_compile.config import Config
 from li_compile.patterns.graph import hint, placeholders, value
-from li_compile.pipeline import Facts, build, can_reuse, canonical, match, report_of
+from li_compile.pipeline import Facts, build, canonical, match, report_of
 from li_compile.report import Report
+from li_compile.reuse import can_reuse
 
 
 def explain(fn: Callable[..., Any], *args: Any, config: Config | None = None, **kwargs: Any) -> Report:

@@ -8,7 +8,7 @@ import hashlib
 import pathlib
 import warnings
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,18 +17,22 @@ from torch.fx import GraphModule
 from li_compile import _compat, patterns
 from li_compile.config import Config
 from li_compile.errors import ConfigError, RewriteError
-from li_compile.passes.cached_steps import cached_steps
 from li_compile.passes.cost import cost
 from li_compile.passes.equal_rows import equal_rows
+from li_compile.passes.forward_stores import forward_stores
 from li_compile.passes.normalize import normalize
+from li_compile.passes.pack_context import pack_context
 from li_compile.passes.propagate import propagate, tidy
 from li_compile.passes.prune_cache import prune_cache
 from li_compile.passes.prune_context import prune_context
-from li_compile.passes.record import Record
+from li_compile.passes.record import Record, Refused
+from li_compile.passes.share_steps import share_steps
 from li_compile.passes.sparse_attention import sparse_attention
 from li_compile.patterns import registry
 from li_compile.patterns.context_check import check_context
+from li_compile.patterns.graph import placeholders, value
 from li_compile.report import GraphReport, VariantReport
+from li_compile.reuse import apply_reuse, describe, found_loop
 
 
 @dataclasses.dataclass
@@ -82,6 +86,7 @@ def canonical(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
     """A normalised copy of a traced graph, with shapes on every node."""
     module = copy.deepcopy(module)
     normalize(module)
+    forward_stores(module)
     tidy(module)
     propagate(module, inputs, _compat.fake_mode_of(inputs))
     return module
@@ -99,10 +104,12 @@ def match(module: GraphModule, config: Config) -> Facts:
     return Facts(module, sites, context, loop, [*misses, *why, *why_not])
 
 
-def can_reuse(facts: Facts, config: Config) -> bool:
-    """Whether a graph has a variant with cached steps: a loop long enough, and poses that say when to use it."""
-    return config.cache.enabled and facts.context is not None and facts.loop is not None \
-        and facts.loop.steps >= config.cache.min_steps
+@dataclasses.dataclass
+class Base:
+    """A graph after the passes that all variants of one context length share."""
+
+    module: GraphModule
+    records: list[Record]
 
 
 def report_of(index: int, facts: Facts) -> GraphReport:
@@ -118,38 +125,30 @@ def report_of(index: int, facts: Facts) -> GraphReport:
         found["context"] = f"{c.sites} concatenations (form {c.form}), {c.tokens} tokens a frame, inputs {', '.join(c.inputs)}" \
                            + ("" if c.history_w2c else "; no cameras among them: pruned by Session.chunk()")
     if facts.loop is not None:
-        found["denoising loop"] = f"{facts.loop.steps} steps ({facts.loop.form})"
+        found["denoising loop"] = describe(facts.loop)
     flops, moved = cost(facts.module)
     return GraphReport(index, len(facts.module.graph.nodes), found, facts.misses, flops, moved)
 
 
-def build(facts: Facts, config: Config, inputs: Sequence[Any], mode, *, kept: int | None,
-          reuse: bool) -> tuple[GraphModule, VariantReport]:
-    """Run the passes for one variant: exact first, then approximate.
+def build(facts: Facts, config: Config, inputs: Sequence[Any], mode, *, kept: int | None, reuse: bool,
+          base: Base | None = None) -> tuple[GraphModule, VariantReport]:
+    """Run the passes for one variant. base: what ``prepare`` gave for this context length, if it was run before."""
+    base = base or prepare(facts, config, inputs, mode, kept)
+    variant = Base(copy.deepcopy(base.module), list(base.records))
+    apply_reuse(partial(_apply, variant, config, inputs, mode), facts, config, reuse)
+    flops, moved = cost(variant.module)
+    return variant.module, VariantReport(kept, reuse, variant.records, flops, moved)
+
+
+def prepare(facts: Facts, config: Config, inputs: Sequence[Any], mode, kept: int | None) -> Base:
+    """Run the passes that all variants of one context length share: exact first, then approximate.
 
     inputs: fake tensors of mode, already of the kept context length; where only cached keys and values are at hand, of the
     length as it is, with the vector of kept frames after them. A pass that fails leaves the graph as it was,
     with a warning, or raises RewriteError under ``strict``; pruning cannot be left out, and raises in any case.
     """
-    module, records = copy.deepcopy(facts.module), []
-
-    def apply(name: str, run: Callable[[GraphModule], Record], needed: bool = False) -> None:
-        nonlocal module
-        trial = copy.deepcopy(module)
-        try:
-            record = run(trial)
-            tidy(trial)
-            propagate(trial, inputs, mode)
-        except Exception as error:
-            text = f"pass {name} failed on this graph and was left out: {type(error).__name__}: {error}"
-            if needed or config.strict:
-                raise RewriteError(f"{text}. Switch the part off, or report this with the graph.") from error
-            warnings.warn(text, stacklevel=2)
-            records.append(Record(name, misses=[patterns.Miss(name, "graph", text)]))
-            return
-        module = trial
-        records.append(record)
-
+    base = Base(copy.deepcopy(facts.module), [])
+    apply = partial(_apply, base, config, inputs, mode)
     if kept is not None and facts.context.at_source:
         apply("prune_context", lambda m: prune_context(m, facts.context, kept), needed=True)
     elif kept is not None:
@@ -164,17 +163,33 @@ def build(facts: Facts, config: Config, inputs: Sequence[Any], mode, *, kept: in
         apply("sparse_attention", lambda m: sparse_attention(
             m, patterns.find_attention(m, s.grid or _grid(facts))[0], topk_ratio=s.topk_ratio,
             prefill_ratio=s.prefill_ratio, tile=s.tile, block_size=s.block_size, sub_blocks=s.sub_blocks,
-            min_context=s.min_context, skip_layers=s.skip_layers))
-    if reuse:
-        apply("cached_steps", lambda m: _cached(m, config.cache.min_steps))
-    flops, moved = cost(module)
-    return module, VariantReport(kept, reuse, records, flops, moved)
+            min_context=s.min_context, skip_layers=s.skip_layers, summary=s.summary, head_ratios=s.head_ratios))
+        apply("pack_context", pack_context)
+    if config.exact.enabled and config.exact.shared_steps and facts.loop is not None:
+        apply("share_steps", lambda m: share_steps(m, found_loop(m)))
+    return base
+
+
+def _apply(base: Base, config: Config, inputs: Sequence[Any], mode, name: str, run: Callable[[GraphModule], Record],
+           needed: bool = False) -> None:
+    trial = copy.deepcopy(base.module)
+    try:
+        record = run(trial)
+        tidy(trial)
+        added = [value(p) for p in placeholders(trial.graph)[len(inputs):]]
+        propagate(trial, [*inputs, *added], mode)
+    except Refused as why:
+        base.records.append(Record(name, misses=[why.miss]))
+    except Exception as error:
+        text = f"pass {name} failed on this graph and was left out: {type(error).__name__}: {error}"
+        if needed or config.strict:
+            raise RewriteError(f"{text}. Switch the part off, or report this with the graph.") from error
+        warnings.warn(text, stacklevel=2)
+        base.records.append(Record(name, misses=[patterns.Miss(name, "graph", text)]))
+    else:
+        base.module = trial
+        base.records.append(record)
 
 
 def _grid(facts: Facts) -> tuple[int, int] | None:
     return facts.sites[0].grid if facts.sites else None
-
-
-def _cached(module: GraphModule, min_steps: int) -> Record:
-    loop, misses = patterns.find_loop(module)
-    return cached_steps(module, loop, min_steps) if loop is not None else Record("cached_steps", misses=misses)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import dataclasses
 import pathlib
-from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from li_compile import saving
 from li_compile.config import Config
 from li_compile.errors import LightInteractionError
+from li_compile.memory import Kept
 from li_compile.planning import Planner
 from li_compile.policy import ChunkPlan
+
+if TYPE_CHECKING:
+    from li_compile.scope import ChunkScope
 
 __all__ = ["Session"]
 
@@ -59,13 +61,19 @@ class Session:
     def reset(self) -> None:
         """Forget the poses, what was observed and the records, as for a new video."""
         self.planner = Planner(self.config)
-        self.pending: ChunkPlan | None = None
         self._records: list[_Record] = []
+        self.scope: ChunkScope | None = None  # the chunk that is open
+        self.kept = Kept()  # what compiled models left for the next chunk
 
     @property
     def poses(self) -> torch.Tensor:
         """``[N, 4, 4]`` float64 world-to-camera matrices seen so far, on the CPU."""
         return self.planner.poses
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks recorded."""
+        return len(self._records)
 
     def extend(self, w2c: Any) -> None:
         """Append poses, one a latent: ``[n, 4, 4]`` world-to-camera matrices, or one ``[4, 4]``; any dtype and device.
@@ -106,20 +114,25 @@ class Session:
         size = self.config.context.chunk_frames if size is None else size
         return [self.planner.plan(start, size) for start in range(0, len(self.poses) - size + 1, size)]
 
-    @contextlib.contextmanager
-    def chunk(self, start: int, size: int | None = None) -> Iterator[ChunkPlan]:
-        """The plan of a chunk, in force while the context lasts: graphs that see no camera poses (a denoising step with
-        cached keys and values, memory slots without cameras) are pruned by it.
+    def chunk(self, start: int, size: int | None = None, *, steps: int | None = None) -> ChunkScope:
+        """Plan a chunk, as ``plan`` does, and mark its steps, for sampling loops that run in Python::
+
+            with session.chunk(start) as plan:
+                for t in timesteps:
+                    x = scheduler.step(model(x, t, ...), t, x)
+
+        The plan is in force for compiled models that are called inside: graphs that see no camera poses (a denoising step
+        with cached keys and values, memory slots without cameras) are pruned by it. Their steps are skipped under
+        ``plan.reuse``, once a chunk that was computed in full has shown which inputs vary. A chunk in which any of this was
+        done or looked for is recorded at its end. steps: their number, where it changes
+        from chunk to chunk. An exception inside leaves nothing behind that a later chunk could reuse.
 
         Raises:
-            PoseError: as :meth:`plan`.
+            PoseError: as ``plan``. LightInteractionError: a chunk is open already.
         """
-        plan, before = self.plan(start, size), self.pending
-        self.pending = plan
-        try:
-            yield plan
-        finally:
-            self.pending = before
+        from li_compile.scope import ChunkScope
+
+        return ChunkScope(self, self.plan(start, size), steps)
 
     def record(self, plan: ChunkPlan, *, steps: int | None = None, calls: int | None = None, **info: Any) -> None:
         """Note that a chunk was run under ``plan``.
@@ -130,13 +143,13 @@ class Session:
             info: anything else to find again in ``stats()["per_chunk"]``, such as seconds.
         """
         if calls is None and steps is not None:
-            calls = 2 if plan.reuse and steps >= self.config.cache.min_steps else steps
+            calls = steps - len(self.config.cache.skipped(steps)) if plan.reuse else steps
         self._records.append(_Record(plan, steps, calls, info))
 
     def stats(self) -> dict[str, Any]:
         """What the recorded chunks came to. Plain data, fit for JSON.
 
-        ``chunks``, ``reused_chunks``; ``context_kept`` and ``context_possible``: latents summed over chunks, the
+        ``chunks``, ``reused_chunks``, ``guarded_chunks`` (computed in full because of ``cache.guard``); ``context_kept`` and ``context_possible``: latents summed over chunks, the
         second being the history that each plan was given; ``calls`` and ``calls_possible``: denoising calls made and
         steps of the schedules, None unless known for every chunk; ``per_chunk``: one dict a chunk.
         """
@@ -145,13 +158,14 @@ class Session:
         return {
             "chunks": len(records),
             "reused_chunks": sum(r.plan.reuse for r in records),
+            "guarded_chunks": sum(bool(r.info.get("guarded")) for r in records),
             "context_kept": sum(len(r.plan.indices) for r in records),
             "context_possible": sum(r.plan.history for r in records),
             "calls": sum(r.calls for r in records) if known else None,
             "calls_possible": sum(r.steps for r in records) if known else None,
             "per_chunk": [
                 {
-                    **r.info,
+                    **{k: v.item() if isinstance(v, torch.Tensor) else v for k, v in r.info.items()},
                     "context_kept": len(r.plan.indices),
                     "context_possible": r.plan.history,
                     "window": r.plan.window,

@@ -12,6 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from li_compile.kernels import density
+from li_compile.kernels.plan import CURRENT
 from li_compile.patterns.graph import (CONV, LINEAR, MATMUL, REGION, SDPA, argument, calls, hint, name_of, value)
 
 
@@ -44,12 +45,19 @@ def _operations(node: Node) -> int | None:
         q, k = _dims(value(node.args[0])), _dims(value(argument(node, 1, "key")))
         return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
     if node.target is torch.ops.li.sparse_attention.default:
-        q, keys, _, roles, height, width, tile, block, topk, prefill = node.args[:10]
-        b, h, n, d = _dims(value(q))
-        lengths = [_dims(value(k))[2] for k in keys]
-        ratio = density(lengths, roles, height, width, tuple(tile), block, topk, prefill).ratio
-        return int(4 * b * h * n * d * sum(lengths) * ratio)
+        q, keys, _, roles, height, width, tile, block, topk, prefill, _, _, _, heads = node.args
+        return _sparse(q, [_dims(value(k))[2] for k in keys], roles, height, width, tile, block, topk, prefill, heads)
+    if node.target is torch.ops.li.sparse_decode.default:
+        q, _, _, _, _, _, _, lengths, roles, height, width, tile, block, topk, _, _, _, heads = node.args
+        lengths = [*lengths, _dims(value(q))[2]]
+        return _sparse(q, lengths, [*roles, CURRENT], height, width, tile, block, topk, 1.0, heads)
     return None
+
+
+def _sparse(q: Node, lengths, roles, height, width, tile, block, topk, prefill, heads) -> int:
+    batch, heads_, n, dim = _dims(value(q))
+    ratio = density(lengths, roles, height, width, tuple(tile), block, topk, prefill, tuple(heads)).ratio
+    return int(4 * batch * heads_ * n * dim * sum(lengths) * ratio)
 
 
 def cost(module: GraphModule) -> tuple[int, int]:

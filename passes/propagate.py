@@ -49,13 +49,13 @@ def propagate(module: GraphModule, inputs: Sequence, mode) -> None:
 
 def tidy(module: GraphModule) -> None:
     """Remove dead nodes and regions that are no longer called; check and recompile the graph."""
+    from li_compile.patterns.effects import effect
     from li_compile.patterns.graph import name_of, subgraphs
-    from li_compile.patterns.loop import RANDOM, WRITES
 
     kept = ("placeholder", "output")
     for graph_module in (module, *subgraphs(module).values()):
         for node in reversed(list(graph_module.graph.nodes)):
-            if not node.users and node.op not in kept and name_of(node) not in RANDOM | WRITES \
+            if not node.users and node.op not in kept and effect(node) is None \
                     and not name_of(node).endswith("autocast"):
                 graph_module.graph.erase_node(node)
         graph_module.graph.lint()

@@ -15,3 +15,11 @@ class Record:
     count: int = 0
     details: list[str] = dataclasses.field(default_factory=list)
     misses: list[Miss] = dataclasses.field(default_factory=list)
+
+
+class Refused(Exception):
+    """Raised by a pass that cannot apply to a graph: the graph stays as it was, and the report says why."""
+
+    def __init__(self, miss: Miss) -> None:
+        super().__init__(miss.reason)
+        self.miss = miss

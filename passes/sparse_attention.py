@@ -16,21 +16,21 @@ import copy
 import torch
 from torch.fx import GraphModule, Node
 
-import li_compile.kernels  # noqa: F401  (registers li::sparse_attention)
+from li_compile.kernels import expected_provider  # the import also registers li::sparse_attention
 from li_compile.patterns import CONTEXT, CURRENT, AttentionSite, Miss
 from li_compile.patterns.attention import ROLE_NAMES
-from li_compile.patterns.graph import shape, source_line
+from li_compile.patterns.graph import shape, source_line, value
 
 from .record import Record
 
 
 def sparse_attention(module: GraphModule, sites: list[AttentionSite], *, topk_ratio: float, prefill_ratio: float,
-                     tile: tuple[int, int, int], block_size: int, sub_blocks: int, min_context: int,
-                     skip_layers: int) -> Record:
+                     tile: tuple[int, int, int], block_size: int, sub_blocks: int, min_context: int, skip_layers: int,
+                     summary: bool = False, head_ratios: tuple[float, ...] | None = None) -> Record:
     """Rewrite the sites in place. Keyword arguments as in ``SparseConfig``."""
     record = Record("sparse_attention")
     order = list(dict.fromkeys(layer for site in sites for layer in site.layers))
-    settings = (list(tile), block_size, float(topk_ratio), float(prefill_ratio), sub_blocks)
+    settings = (list(tile), block_size, float(topk_ratio), float(prefill_ratio), sub_blocks, summary)
     for site in sites:
         miss = lambda reason: record.misses.append(
             Miss("sparse attention", site.node.name, reason, source_line(site.node)))
@@ -39,16 +39,21 @@ def sparse_attention(module: GraphModule, sites: list[AttentionSite], *, topk_ra
         if isinstance(frames, int) and frames < min_context:
             miss(f"{frames} {ROLE_NAMES[role]} frames, sparse from {min_context} (sparse.min_context)")
             continue
+        heads = shape(site.query)[1]
+        if head_ratios is not None and site.kind == "decode" and len(head_ratios) != heads:
+            miss(f"sparse.head_ratios has {len(head_ratios)} ratios, and here are {heads} heads; give one a head")
+            continue
         chosen = [c for c, layer in zip(site.calls, site.layers) if order.index(layer) >= skip_layers]
         if len(chosen) < len(site.calls):
             miss(f"{len(site.calls) - len(chosen)} calls in the first {skip_layers} layers stay dense (sparse.skip_layers)")
         if not chosen:
             continue
         owner, node = _owner(module, site, chosen)
-        _rewrite(owner, node, site, settings)
+        _rewrite(owner, node, site, settings, list(head_ratios or ()) if site.kind == "decode" else [])
         record.count += len(chosen)
         kinds = " | ".join(f"{ROLE_NAMES[s.role]} {s.length}" for s in site.segments)
-        record.details.append(f"{site.kind}: {len(chosen)} x [{kinds}], {site.branches} branches")
+        kernel, why = expected_provider(value(site.query), block_size)
+        record.details.append(f"{site.kind}: {len(chosen)} x [{kinds}], {site.branches} branches, kernel {kernel} ({why})")
     return record
 
 
@@ -70,19 +75,17 @@ def _owner(module: GraphModule, site: AttentionSite, chosen: list[Node]) -> tupl
     return clone, next(n for n in clone.graph.nodes if n.name == site.node.name)
 
 
-def _rewrite(owner: GraphModule, node: Node, site: AttentionSite, settings: tuple) -> None:
+def _rewrite(owner: GraphModule, node: Node, site: AttentionSite, settings: tuple, head_ratios: list[float]) -> None:
     # In a split region the segments' nodes are the clone's nodes of the same names.
     own = {n.name: n for n in owner.graph.nodes}
     head_dim = shape(site.query)[-1]
     keys, values = [own[s.key.name] for s in site.segments], [own[s.value.name] for s in site.segments]
-    tile, block_size, topk, prefill, sub_blocks = settings
+    tile, block_size, topk, prefill, sub_blocks, summary = settings
     with owner.graph.inserting_before(node):
         new = owner.graph.call_function(
             torch.ops.li.sparse_attention.default,
             (own[site.query.name], keys, values, [s.role for s in site.segments], *site.grid, tile, block_size, topk,
-             prefill, sub_blocks, float(site.scale or head_dim**-0.5)))
+             prefill, sub_blocks, float(site.scale or head_dim**-0.5), summary, head_ratios))
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     owner.graph.erase_node(node)
-
-

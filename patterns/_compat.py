@@ -19,6 +19,7 @@ def hint(size) -> int | None:
     return int(size)
 
 
-def symbols(size) -> set:
-    """The free symbols of a symbolic size (2.11 to 2.14: ``SymInt.node.expr``); empty for a number."""
-    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
+def free_symbols(x) -> set:
+    """The size symbols that occur in a tensor's sizes and strides or in a symbolic number (2.11 to 2.14: ``SymInt.node``)."""
+    numbers = (*x.shape, *x.stride(), x.storage_offset()) if isinstance(x, torch.Tensor) else (x,)
+    return set().union(*(n.node.expr.free_symbols for n in numbers if isinstance(n, torch.SymInt)))

@@ -7,7 +7,7 @@ import dataclasses
 import torch
 from torch.fx import GraphModule
 
-from ._compat import symbols
+from ._compat import free_symbols
 from .context import ContextConcat, miss
 from .graph import Miss, placeholders, shape, value
 
@@ -37,13 +37,13 @@ def _results(module: GraphModule, context: ContextConcat) -> str | None:
     changed = set()
     for p in placeholders(module.graph):
         if p.name in context.inputs:
-            changed |= symbols(shape(p)[context.inputs[p.name].dim])
+            changed |= free_symbols(shape(p)[context.inputs[p.name].dim])
         elif p.name in context.sizes:
-            changed |= symbols(value(p))
+            changed |= free_symbols(value(p))
     output = next(n for n in module.graph.nodes if n.op == "output")
     for node in output.all_input_nodes:
         sizes = shape(node) or ((value(node),) if isinstance(value(node), torch.SymInt) else ())
-        if any(symbols(s) & changed for s in sizes):
+        if any(free_symbols(s) & changed for s in sizes):
             return node.name
     return None
 

@@ -114,7 +114,7 @@ def test_spellings_are_equal():
         ({"context.intrinsics": (0.5, 0.9, 0.5, 0.5)}, ["'context.intrinsics'", "context.rule is 'frustum'"]),
         ({"context.rule": "frustum", "context.near": 9}, ["'context.near' is 9", "below context.radius"]),
         ({"context.kappa": 0}, ["'context.kappa' is 0"]),
-        ({"context.slot_references": ()}, ["'context.slot_references' is ()", "one or more"]),
+        ({"context.slot_references": ()}, ["'context.slot_references' is ()", "a tuple, each a whole number from 1"]),
         ({"context.threshold": 1.5}, ["'context.threshold' is 1.5", "[0, 1]"]),
         ({"context.fov": (60, 200)}, ["'context.fov' is (60, 200)"]),
         ({"context.radius": 0}, ["'context.radius' is 0"]),

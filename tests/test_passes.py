@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from unittest import mock
 
 import pytest
@@ -10,10 +11,16 @@ import torch
 from torch import nn
 from tracing import Traced, dynamic, keep, relative, world_inputs
 
+from li_compile import _compat
 from li_compile.kernels.sparse_attention import CONTEXT, CURRENT, TEXT
-from li_compile.passes.cached_steps import cached_steps
 from li_compile.passes.equal_rows import equal_rows
 from li_compile.passes.normalize import normalize
+from li_compile.passes.pack_context import pack_context
+from li_compile.passes.propagate import propagate, tidy
+from li_compile.passes.prune_context import prune_context
+from li_compile.passes.sparse_attention import sparse_attention
+from li_compile.patterns import find_attention
+from li_compile.patterns.graph import placeholders, subgraphs
 from li_compile.pipeline import canonical
 from li_compile.policy import plan_context
 
@@ -78,15 +85,17 @@ def test_the_hand_written_chunk_is_the_model(world):
 # one flat graph the prefill's last attention is dead code and gone, in regions it is computed.
 def expected(preset: str, regional: bool) -> dict:
     rows, decode, prefill = {"equal_rows": DEPTH * (STEPS + 1) + STEPS}, STEPS * (DEPTH - 1), (DEPTH - 1) * regional
-    sparse = {"sparse_attention": decode + prefill}
-    context, cached = {"prune_context": STEPS * DEPTH}, {"cached_steps": STEPS - 2}
+    # A context whose length is dynamic is packed where it is read.
+    sparse, packed = {"sparse_attention": decode + prefill, "pack_context": 0}, {"pack_context": decode}
+    context, cached, watched = {"prune_context": STEPS * DEPTH}, {"cached_steps": STEPS - 2}, {"watch_steps": 1}
+    shared = {"share_steps": STEPS}
     return {
         "off": {},
-        "exact": {(None, False): rows},
-        "context": {(12, False): context | rows},
-        "sparse": {(None, False): rows | sparse},
-        "cache": {(None, False): rows, (None, True): rows | cached},
-        "all": {(12, True): context | rows | sparse | cached},
+        "exact": {(None, False): rows | shared},
+        "context": {(12, False): context | rows | shared},
+        "sparse": {(None, False): rows | sparse | shared},
+        "cache": {(None, False): rows | shared | watched, (None, True): rows | shared | cached},
+        "all": {(12, True): context | rows | sparse | packed | shared | cached},
     }[preset]
 
 
@@ -111,7 +120,8 @@ def test_pinned_counts_without_a_revisit(world):
     compiled(*world_inputs(sampler.model, 20))
     compiled(*world_inputs(sampler.model, 8))  # nothing to prune: the same variant, with all frames
     counts = variant(compiled, 8, False).counts()
-    assert counts == {k: v for k, v in expected("all", regional(traced))[12, True].items() if k != "cached_steps"}
+    want = expected("all", regional(traced))[12, True]
+    assert counts == {k: v for k, v in want.items() if k != "cached_steps"} | {"watch_steps": 1}
 
 
 @pytest.mark.parametrize("skip_layers", [0, 1, 2])
@@ -120,8 +130,16 @@ def test_dense_layers(world, skip_layers):
     compiled = traced.compile(preset="sparse", exact__enabled=False, sparse__skip_layers=skip_layers)
     attended = {0: 7 + regional(traced), 1: 3 + regional(traced), 2: 0}[skip_layers]
     (found,) = compiled.graph.variants
-    assert found.counts() == {"sparse_attention": attended}
+    counts = found.counts()
+    assert (counts["sparse_attention"], counts["pack_context"]) == (attended, 0)
+    assert ("is not known when compiling" in compiled.reasons) == (skip_layers < 2)
     assert ("skip_layers" in compiled.reasons) == (skip_layers > 0)
+
+
+def test_the_report_says_which_kernel_and_why(world):
+    _, traced = world
+    record = next(r for v in traced.compile(preset="sparse").graph.variants for r in v.records if r.name == "sparse_attention")
+    assert all("kernel cpu (preferred for these arguments)" in line for line in record.details) and record.details
 
 
 def test_short_context_stays_dense(world):
@@ -159,7 +177,7 @@ def test_exact_is_the_model_in_double_precision(tiny_world, monkeypatch):
     sampler = doom.ChunkSampler(tiny_world(depth=1).double(), steps=2)
     inputs = [x.double() if x.is_floating_point() else x for x in world_inputs(tiny_world(depth=1), 8)]
     compiled = Traced(sampler, *inputs).compile(preset="exact")
-    assert compiled.report.counts() == {"equal_rows": 5}
+    assert compiled.report.counts() == {"equal_rows": 5, "share_steps": 2}
     with torch.no_grad():
         result, want = compiled(*inputs), sampler(*inputs)
     assert result.dtype == torch.float64 and relative(result, want) <= 1e-12
@@ -196,6 +214,71 @@ def test_sparse_attention_is_the_operator_by_hand(world):
     result = traced.compile(preset="sparse")(*inputs)
     assert relative(result, by_hand(sampler, inputs, sparse=(0.175, 0.30))) <= 1e-5
     assert relative(result, by_hand(sampler, inputs)) > 1e-3
+
+
+def packed_variant(traced, inputs, **options):
+    """Variant of preset all for these inputs, with its context packed once."""
+    compiled = traced.compile(preset="all", cache__enabled=False, **options)
+    return compiled, compiled(*inputs)
+
+
+def operators(module):
+    return [str(n.target) for g in (module, *subgraphs(module).values()) for n in g.graph.nodes if str(n.target).startswith("li.")]
+
+
+def pruned(world, frames):
+    """The canonical graph with so many context frames, a constant."""
+    sampler, traced = world
+    facts = traced.facts()
+    mode, fakes = _compat.static_fakes(traced.arguments(*world_inputs(sampler.model, frames)))
+    module = copy.deepcopy(facts.module)
+    prune_context(module, facts.context, frames)
+    tidy(module)
+    propagate(module, fakes, mode)
+    return module
+
+
+def test_context_is_packed_once_for_all_steps(world):
+    """As many packed contexts as layers, made outside the regions; no region is handed keys that it does not read."""
+    module = pruned(world, 12)
+    assert operators(module) == [] and pack_context(module).count == 0
+    sparse_attention(module, find_attention(module)[0], topk_ratio=0.2, prefill_ratio=0.3, tile=(4, 2, 2), block_size=16, sub_blocks=1,
+                     min_context=4, skip_layers=0)  # fmt: skip
+    tidy(module)
+    record = pack_context(module)
+    tidy(module)
+    assert record.count == STEPS * DEPTH and not record.misses
+    assert record.details == [f"{STEPS * DEPTH} attention calls share {DEPTH} packed contexts"]
+    packs = [n for n in module.graph.nodes if str(n.target) == "li.pack_context.default"]
+    assert len(packs) == DEPTH == operators(module).count("li.pack_context.default"), "outside of regions"
+    for sub in subgraphs(module).values():
+        assert all(p.users for p in placeholders(sub.graph))
+    assert pack_context(module).count == 0, "idempotent"
+
+
+def test_packed_context_changes_no_number(world):
+    sampler, traced = world
+    inputs = world_inputs(sampler.model, 20, revisit=True)
+    compiled, result = packed_variant(traced, inputs)
+    assert variant(compiled, 12, False).counts()["pack_context"] == STEPS * (DEPTH - 1)
+    plan = plan_context(inputs[9][0], inputs[3][0], compiled.run.config)
+    want = by_hand(sampler, inputs, indices=plan.indices, sparse=(0.175, 0.30))
+    assert relative(result, want) <= 1e-5
+
+
+def test_summaries_and_head_ratios_reach_the_operator(world):
+    """More of the context for every head gives what a higher ratio for all gives; summaries change the result."""
+    sampler, traced = world
+    inputs = world_inputs(sampler.model, 20, revisit=True)
+    heads = sampler.model.config.heads
+    _, plain = packed_variant(traced, inputs)
+    _, wide = packed_variant(traced, inputs, sparse__topk_ratio=0.5)
+    _, each = packed_variant(traced, inputs, sparse__head_ratios=(0.5,) * heads)
+    assert relative(each, wide) <= 1e-6 and relative(plain, wide) > 1e-4
+    _, whole = packed_variant(traced, inputs, sparse__summary=True)
+    assert relative(whole, plain) > 1e-4
+    compiled, _ = packed_variant(traced, inputs, sparse__head_ratios=(0.5,) * (heads + 1))
+    assert f"sparse.head_ratios has {heads + 1} ratios, and here are {heads} heads" in compiled.reasons
 
 
 def test_cached_steps_are_the_two_step_loop(world):
@@ -245,24 +328,6 @@ def test_normalising_twice_where_there_is_much_to_do():
     assert normalize(module).count == 4 and normalize(module).count == 0
 
 
-@pytest.mark.parametrize("steps", [2, 3])
-def test_few_steps(steps):
-    model = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 3))
-
-    def sample(x):
-        for i in range(steps):
-            x = x - model(torch.cat([x, x.new_full((2, 1), 1 - i / steps)], 1)) / steps
-        return x
-
-    facts = Traced(sample, torch.randn(2, 3)).facts()
-    record = cached_steps(facts.module, facts.loop, 3)
-    if steps == 3:
-        assert record.count == 1 and not record.misses
-    else:
-        (miss,) = record.misses
-        assert record.count == 0 and "2 denoising steps; reuse needs at least 3" in miss.reason
-
-
 def test_two_steps_of_the_world_are_both_computed(tiny_world):
     from examples.doom_world.model import ChunkSampler
 
@@ -273,35 +338,6 @@ def test_two_steps_of_the_world_are_both_computed(tiny_world):
         assert relative(compiled(*inputs), sampler(*inputs)) <= 1e-5
     assert [v.reuse for v in compiled.graph.variants] == [False]
     assert "2 denoising steps, reuse needs at least 3" in compiled.reasons
-
-
-def test_guidance_keeps_one_output_a_branch():
-    model = nn.Sequential(nn.Linear(5, 8), nn.SiLU(), nn.Linear(8, 3))
-    call = lambda x, time, c: model(torch.cat([x, x.new_full((2, 1), time), c], 1))
-
-    def step(x, i, plain, guided):
-        return x - (plain + 2 * (guided - plain)) / 4
-
-    def sample(x, c):
-        for i in range(4):
-            x = step(x, i, call(x, i / 4, torch.zeros_like(c)), call(x, i / 4, c))
-        return x
-
-    def two_steps(x, c):
-        for i in range(4):
-            if i in (0, 3):
-                pair = call(x, i / 4, torch.zeros_like(c)), call(x, i / 4, c)
-            x = step(x, i, *pair)
-        return x
-
-    inputs = torch.randn(2, 3), torch.randn(2, 1)
-    traced = Traced(sample, *inputs)
-    facts = traced.facts()
-    assert cached_steps(facts.module, facts.loop, 3).count == 2
-    with torch.no_grad():
-        result = facts.module(*traced.arguments(*inputs))[0]
-        assert relative(result, two_steps(*inputs)) <= 1e-6
-        assert relative(result, sample(*inputs)) > 1e-3
 
 
 class Repeated(nn.Module):
@@ -329,3 +365,39 @@ def test_rows_that_are_equal_and_rows_that_are_not(how, count):
     assert equal_rows(graph).count == count
     with torch.no_grad():
         assert relative(graph(*traced.arguments(x))[0], module(x, how)) <= 1e-6
+
+
+def replaced(x, y, how):
+    """A place that is written, read, written, read and written again, with something done in between."""
+    out, place = (x.double() if how == "dtype" else x.clone()), slice(1, 3)
+    old, seen = out[place], x
+    out[place] = y
+    if how == "read between":
+        seen = out.sum()
+    if how == "written elsewhere":
+        out.mul_(2)
+    if how == "an old view":
+        seen = old * 2
+    if how == "another place":
+        place = slice(0, 2)
+    a = out[place]
+    out[place] = a.to(y.dtype) + 1
+    b = out[place]
+    out[place] = b.to(y.dtype) * 3
+    if how == "read late":
+        seen = b * 2  # of a view: this is what was stored last
+    return out * 1, seen * 1
+
+
+@pytest.mark.parametrize(("how", "left"), [
+    ("nothing", (0, 1)), ("read between", (0, 2)), ("written elsewhere", (1, 2)), ("an old view", (1, 2)), ("another place", (1, 2)),
+    ("dtype", (1, 3)), ("read late", (1, 2))])
+def test_stores_that_are_forwarded(how, left):
+    """(reads, stores) that are left of two reads, one old view and three stores."""
+    given = torch.randn(4, 3), torch.randn(2, 3)
+    traced = Traced(lambda x, y: replaced(x, y, how), *given)
+    module = canonical(traced.module, traced.fakes)
+    count = lambda what: sum(n.target is what for n in module.graph.nodes)
+    assert (count(operator.getitem), count(operator.setitem)) == left
+    for got, want in zip(module(*traced.arguments(*given)), replaced(*given, how)):
+        assert torch.equal(got, want)

@@ -112,13 +112,10 @@ def test_stats_tell_what_was_decided():
 def test_the_plan_in_force():
     s = session()
     s.extend(back_and_forth(16))
-    assert s.pending is None
-    with s.chunk(8) as outer:
-        with pytest.raises(RuntimeError, match="boom"), s.chunk(12) as inner:
-            assert s.pending is inner == s.plan(12)
-            raise RuntimeError("boom")
-        assert s.pending is outer
-    assert s.pending is None
+    with pytest.raises(RuntimeError, match="boom"), s.chunk(8) as plan:
+        assert s.scope.plan is plan is s.plan(8)
+        raise RuntimeError("boom")
+    assert s.scope is None and s.stats()["chunks"] == 0
     with pytest.raises(PoseError, match="need poses"), s.chunk(16):
         pass
 

@@ -230,7 +230,8 @@ class WorldModel(nn.Module):
     def embed(self, x: Tensor, timestep: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, F*H*W, C] and the conditioning vector, stretched over each frame's tokens as upstream does."""
         tokens = self.patch(x).flatten(2).transpose(1, 2)
-        vec = self.time(sinusoid(timestep)) + self.action(sinusoid(action))
+        # The sinusoids are float32; without autocast (a model in bfloat16) the layers take their weights' dtype only.
+        vec = self.time(sinusoid(timestep).to(tokens.dtype)) + self.action(sinusoid(action).to(tokens.dtype))
         return tokens, vec.repeat_interleave(self.config.height * self.config.width, dim=1)
 
     def unpatchify(self, tokens: Tensor, vec: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from li_compile.kernels import density, sparse_attention, use_provider
+from li_compile.kernels import Encoding, density, pack, pack_context, sparse_attention, sparse_decode, use_provider
 from li_compile.kernels.layout import block_valid, neighbour_mask, tile_order
 from li_compile.kernels.plan import CONTEXT, CURRENT, TEXT
 
@@ -86,7 +86,7 @@ def test_equals_masked_attention(name, provider):
     q, k, v, roles = pick(name)
     out = run(q, k, v, roles)
     want, allowed = masked(q, k, v, roles, 0.3, 0.4)
-    assert out.shape == q.shape and out.is_contiguous()
+    assert out.shape == q.shape and out.transpose(1, 2).is_contiguous(), "as models go on with it"
     assert not allowed.all(), "the case must leave something out"
     assert (out.double() - want).norm() / want.norm() <= 1e-5
 
@@ -132,6 +132,86 @@ def test_four_sub_blocks(name):
     with use_provider("reference"):
         torch.testing.assert_close(run(q, k, v, roles, sub_blocks=4), four)
     assert not torch.equal(one, four)
+
+
+def parted(q, k, v, roles, topk=0.3, sub_blocks=1, **more):
+    """The same call in its two parts."""
+    static = [s for s, role in enumerate(roles) if role != CURRENT]
+    names = ([k[s] for s in static], [v[s] for s in static], [roles[s] for s in static])
+    summary = more.get("summary", False)
+    packed = pack_context(*names, H, W, TILE, SIZE, sub_blocks, summary)
+    current = roles.index(CURRENT)
+    lengths = [x.shape[2] for x in names[0]]
+    return sparse_decode(q, k[current], v[current], *packed, lengths, names[2], H, W, TILE, SIZE, topk, sub_blocks, 0.25, **more)
+
+
+@pytest.mark.parametrize("sub_blocks", [1, 4])
+@pytest.mark.parametrize("more", [{}, {"summary": True}, {"head_ratios": [0.1, 0.6, 0.2]}], ids=str)
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("decode") or n.startswith("two")])
+def test_packed_once_equals_in_one_call(name, more, sub_blocks, provider):
+    q, k, v, roles = pick(name)
+    want = sparse_attention(q, k, v, roles, H, W, TILE, SIZE, 0.3, 0.4, sub_blocks, 0.25, **more)
+    torch.testing.assert_close(parted(q, k, v, roles, sub_blocks=sub_blocks, **more), want)
+
+
+@pytest.mark.parametrize("name", ["decode", "two histories, two texts"])
+def test_packed_at_ratio_one_is_dense(name):
+    q, k, v, roles = pick(name)
+    want = F.scaled_dot_product_attention(q, torch.cat(k, 2), torch.cat(v, 2), scale=0.25)
+    torch.testing.assert_close(parted(q, k, v, roles, topk=1.0), want)
+
+
+def test_head_ratios(provider):
+    """Each head as if all had its ratio; a head may have all."""
+    q, k, v, roles = pick("decode")
+    ratios = [0.1, 1.0, 0.4]
+    out = sparse_attention(q, k, v, roles, H, W, TILE, SIZE, 0.3, 0.4, 1, 0.25, head_ratios=ratios)
+    for head, ratio in enumerate(ratios):
+        torch.testing.assert_close(out[:, head], run(q, k, v, roles, topk=ratio)[:, head])
+    plan = density([20, 8 * H * W, 4 * H * W], [TEXT, CONTEXT, CURRENT], H, W, tuple(TILE), SIZE, head_ratios=ratios)
+    assert set(plan.kept) == {1 + 6 + (1 + 12 + 4) / 3}
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill", "prefill without text"])
+def test_summaries_come_closer_to_dense(name, provider):
+    """Keys that differ little within a block: means stand well for what was left out."""
+    q, k, v, roles = pick(name)
+    pairs = lambda x: torch.randn(*x.shape[:2], x.shape[2] // (H * W) + 1, x.shape[3]).repeat_interleave(2 * H * W, 2)  # tiles hold two frames
+    smooth = lambda x: x if x.shape[2] < SIZE else x * 0.05 + pairs(x)[:, :, : x.shape[2]]
+    k, v = [smooth(x) for x in k], [smooth(x) for x in v]
+    dense = F.scaled_dot_product_attention(q, torch.cat(k, 2), torch.cat(v, 2), scale=0.25)
+    error = lambda out: (out - dense).norm() / dense.norm()
+    plain, whole = (sparse_attention(q, k, v, roles, H, W, TILE, SIZE, 0.1, 0.2, 1, 0.25, summary=s) for s in (False, True))
+    assert error(whole) < 0.2 * error(plain) and error(plain) > 0.1
+
+
+def encodings(q, frames):
+    length, dim = q.shape[2], q.shape[3]
+    angle = (torch.rand(length, dim // 2) * 6).repeat_interleave(2, 1)
+    return {"q_norm": torch.rand(dim) + 0.5, "k_norm": torch.rand(dim) + 0.5, "cos": angle.cos(), "sin": angle.sin(),
+            "q_camera": torch.randn(1, frames, 4, 4) * 0.5, "kv_camera": torch.randn(1, frames, 4, 4) * 0.5}  # fmt: skip
+
+
+@pytest.mark.parametrize("ratio", [0.3, 1.0])
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_encodings_are_applied_to_the_current_segment(name, ratio, provider):
+    """Raw q, k and v and both branches, as in HY-WorldPlay, against encoding them first."""
+    q, k, v, roles = pick(name)
+    current = roles.index(CURRENT)
+    raw = [x[:1] for x in (q, k[current], v[current])]
+    more = encodings(q, q.shape[2] // (H * W))
+    plain = lambda x, e: pack(x, None, 1, 1, e.norm, 1e-6, e.cos, e.sin, e.camera)[0]
+    done = [plain(raw[0], Encoding(more["q_norm"], 1e-6, more["cos"], more["sin"], more["q_camera"])),
+            plain(raw[1], Encoding(more["k_norm"], 1e-6, more["cos"], more["sin"], more["kv_camera"])),
+            plain(raw[2], Encoding(camera=more["kv_camera"]))]  # fmt: skip
+    beside = lambda xs, x: [x if s == current else y for s, y in enumerate(xs)]
+    want = run(done[0], beside(k, done[1]), beside(v, done[2]), roles, ratio, ratio)
+    args = (raw[0], beside(k, raw[1]), beside(v, raw[2]), roles)
+    out = sparse_attention(*args, H, W, TILE, SIZE, ratio, ratio, 1, 0.25, **more)
+    assert out.shape[0] == 2
+    torch.testing.assert_close(out, want, atol=2e-5, rtol=2e-5)
+    if name == "decode":
+        torch.testing.assert_close(parted(*args, topk=ratio, **more), want, atol=2e-5, rtol=2e-5)
 
 
 def test_expanded_segment_and_half_precision():
@@ -198,9 +278,28 @@ def test_wrong_arguments_say_what_is_wrong():
             run(*arguments)
 
 
-def test_operator_is_well_formed():
+@pytest.mark.parametrize("summary", [False, True])
+def test_operators_are_well_formed(summary):
     q, k, v, roles = pick("decode")
-    torch.library.opcheck(sparse_attention, (q, k, v, roles, H, W, TILE, SIZE, 0.3, 0.4, 1, 0.25))
+    torch.library.opcheck(sparse_attention, (q, k, v, roles, H, W, TILE, SIZE, 0.3, 0.4, 1, 0.25, summary))
+    torch.library.opcheck(pack_context, (k[:2], v[:2], roles[:2], H, W, TILE, SIZE, 4, summary))
+    packed = pack_context(k[:2], v[:2], roles[:2], H, W, TILE, SIZE, 1, summary)
+    lengths = [x.shape[2] for x in k[:2]]
+    torch.library.opcheck(sparse_decode, (q, k[2], v[2], *packed, lengths, roles[:2], H, W, TILE, SIZE, 0.3, 1, 0.25, summary))
+
+
+def test_parts_that_do_not_fit_are_refused():
+    q, k, v, roles = pick("decode")
+    packed = pack_context(k[:2], v[:2], roles[:2], H, W, TILE, SIZE, 1)
+    settings = (roles[:2], H, W, TILE, SIZE, 0.3, 1, 0.25)
+    with pytest.raises(ValueError, match="must hold 4 blocks"):
+        sparse_decode(q, k[2], v[2], *packed, [20, 2 * H * W], *settings)
+    with pytest.raises(ValueError, match="must share batch"):
+        sparse_decode(q, k[2][:1], v[2][:1], *packed, [20, 8 * H * W], *settings)
+    with pytest.raises(ValueError, match="go together"):
+        sparse_decode(q, k[2], v[2], *packed, [20, 8 * H * W], *settings, q_camera=torch.zeros(2, 4, 4, 4))
+    with pytest.raises(ValueError, match="same segments, of roles 0 and 1"):
+        pack_context(k[:2], v[1:], roles[:2], H, W, TILE, SIZE, 1)
 
 
 def test_compiles_with_symbolic_lengths():

@@ -1,0 +1,110 @@
+"""Shared steps, exact: the model that a sampling loop calls N times becomes one region, compiled once and called N times.
+
+Before::                                           After::
+
+    k = prefill(context)                               k = invoke_subgraph("li_before", context)
+    v0 = block2(block1(x0, 1000), k)                   v0 = invoke_subgraph("li_step", x0, 1000, k)
+    x1 = x0 + v0 * d0                                  x1 = x0 + v0 * d0
+    v1 = block2(block1(x1, 900), k)                    v1 = invoke_subgraph("li_step", x1, 900, k)
+    x2 = x1 + v1 * d1                                  x2 = x1 + v1 * d1
+    out = decode(x2)                                   out = invoke_subgraph("li_after", x2)
+
+What depends on no call becomes one region too, and so does what follows the last call if it reads weights. Between the
+calls the scheduler's arithmetic is left, on tensors of the state's size. Each region is compiled by itself, and all
+variants of the graph share them (li_compile/regions.py).
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from li_compile.patterns import DenoisingLoop, Miss
+from li_compile.patterns.effects import ALIASES, RANDOM, WRITES, effect, outside_writes, switches_mode, target
+from li_compile.patterns.graph import REGION, SDPA, ancestors, calls, descendants, name_of, source_line, subgraphs
+from li_compile.patterns.loop_body import Body
+from li_compile.patterns.loop_calls import weight_of
+
+from .outline import outline
+from .record import Record, Refused
+
+PREFIX = "li_"
+BEFORE, STEP, AFTER = PREFIX + "before", PREFIX + "step", PREFIX + "after"
+
+
+def share_steps(module: GraphModule, loop: DenoisingLoop) -> Record:
+    """Rewrite the graph in place. Counts the calls of the shared region. Raises Refused if the calls are not alike."""
+    record = Record("share_steps")
+    if STEP in subgraphs(module):
+        return record
+    if isinstance(loop.body, Miss):
+        raise Refused(loop.body)
+    try:
+        found = outline(module, loop.body, STEP)
+        _before(module, found)
+        _after(module, found)
+    except ValueError as why:
+        raise _refused(loop.calls[0][0], str(why)) from None
+    if (left := _left_over(module)) is not None:
+        raise _refused(left, f"{name_of(left)} stands between the calls of the sampling loop and cannot run by itself: it "
+                       "reads weights, writes in place (x += y for x = x + y), or is under an autocast of its own")
+    record.count = len(found)
+    record.details.append(f"{len(found)} calls of one region of {len(loop.body.nodes)} nodes")
+    return record
+
+
+def shared_regions(module: GraphModule) -> list[str]:
+    """Names of the regions that this pass made and that are still called."""
+    return [name for name in subgraphs(module) if name in (BEFORE, STEP, AFTER)]
+
+
+def _before(module: GraphModule, found: list[Node]) -> None:
+    """Outline what depends on no call, if it reads weights."""
+    behind, order = descendants(found) | set(found), {n: i for i, n in enumerate(module.graph.nodes)}
+    before = [n for n in order if n.op.startswith("call") and n not in behind]
+    if not any(_is_heavy(n) for n in before):
+        return
+    # What draws random numbers between the calls keeps its place, and so does what reads what the calls write.
+    written = {w.base for call in found for w in outside_writes(call)}
+    late = {n for n in before if order[n] > order[found[0]] and (
+        effect(n) is not None or any(target(o) in written for o in n.all_input_nodes))}
+    late |= descendants(list(late)) | {n for n in before if name_of(n) in ALIASES and target(n) in written}  # and its views
+    _region(module, [n for n in before if n not in late], BEFORE, found[0].args[0])
+
+
+def _after(module: GraphModule, found: list[Node]) -> None:
+    """Outline what no call depends on, if it reads weights."""
+    behind, ahead = descendants(found), set(ancestors(found))
+    last = next(i for i, n in enumerate(module.graph.nodes) if n is found[-1])
+    after = [n for i, n in enumerate(module.graph.nodes) if n.op.startswith("call") and n not in ahead and (
+        n in behind or i > last and n.target is not REGION) and not (n.args and n.args[0] in found)]
+    if any(_is_heavy(n) for n in after):
+        _region(module, after, AFTER)
+
+
+def _refused(node: Node, reason: str) -> Refused:
+    return Refused(Miss("shared steps", node.name, reason, source_line(node)))
+
+
+def _is_heavy(node: Node) -> bool:
+    return weight_of(node) is not None or calls(node, SDPA) or node.target is REGION
+
+
+def _region(module: GraphModule, nodes: list[Node], name: str, before: Node | None = None) -> None:
+    """Outline nodes that are called once."""
+    own = set(nodes)
+    if not own:
+        return
+    outputs = [n for n in nodes if any(u not in own for u in n.users)]
+    operands = dict.fromkeys(o for n in nodes for o in n.all_input_nodes if o not in own)
+    outline(module, Body([(n,) for n in nodes], [(n,) for n in outputs], list(operands), [], []), name, before)
+
+
+def _left_over(module: GraphModule) -> Node | None:
+    """A node that reads weights or depends on a mode, or that writes in place between the calls; all else runs as it stands."""
+    nodes = list(module.graph.nodes)
+    last = max(i for i, n in enumerate(nodes) if n.target is REGION and n.args[0].target == STEP)
+    for i, node in enumerate(nodes):
+        if node.op.startswith("call") and not (node.target is REGION and node.args[0].target in (BEFORE, STEP, AFTER)):
+            if _is_heavy(node) or switches_mode(node) or i < last and name_of(node) in WRITES - RANDOM:
+                return node
+    return None

@@ -1,0 +1,108 @@
+"""What a node does besides computing its value: draws random numbers, writes in place, or switches a mode."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch.fx import Node
+
+from .graph import REGION, SHAPE_ONLY, ancestors, name_of, placeholders
+
+RANDOM = {"rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "dropout", "bernoulli", "multinomial",
+          "normal", "normal_", "uniform_", "native_dropout"}
+# Operators that read no more of their first operand than its shape.
+VALUE_FREE = {"full_like", "zeros_like", "ones_like", "rand_like", "randn_like", "new_full", "new_zeros", "new_ones"}
+WRITES = {"setitem", "copy_", "index_copy_", "scatter_", "index_put_", "add_", "sub_", "mul_", "div_", "fill_", "zero_", "iadd",
+          "isub", "imul", "itruediv"}
+# Operators whose result may share memory with their first operand.
+ALIASES = SHAPE_ONLY - {"clone", "_to_copy"}
+
+
+def effects(node: Node) -> set[str]:
+    """Names of the operators with an effect at a node or, where it calls a region, to be seen outside of it."""
+    if node.target is REGION:
+        return {e for n in _inside(node).graph.nodes for e in effects(n) if not writes_own(n)}
+    return {name_of(node)} & (RANDOM | WRITES) if node.op.startswith("call") else set()
+
+
+def effect(node: Node) -> str | None:
+    """One of ``effects``, or None."""
+    return min(effects(node), default=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Write:
+    """What an operator writes into, and the nodes that say where in it."""
+
+    base: Node
+    place: tuple[Node, ...]
+
+
+def outside_writes(node: Node) -> list[Write]:
+    """The writes of an operator or a region into what its graph did not make: a cache of keys and values, say."""
+    if node.target is REGION:
+        sub = _inside(node)
+        outer = dict(zip(placeholders(sub.graph), node.args[2:]))
+        return [Write(target(outer[w.base]), tuple(outer[p] for p in ancestors(list(w.place)) if p in outer))
+                for n in sub.graph.nodes for w in outside_writes(n) if w.base in outer and isinstance(outer[w.base], Node)]
+    if name_of(node) not in WRITES or not node.op.startswith("call") or writes_own(node):
+        return []
+    place, at = [x for a in node.args[1:-1] for x in _nodes(a)], node.args[0]
+    while isinstance(at, Node) and at.op.startswith("call"):  # a view: its arguments say where as well
+        place += [x for a in at.args[1:] for x in _nodes(a)]
+        at = at.args[0]
+    return [Write(target(node), tuple(place))]
+
+
+def _nodes(argument) -> list[Node]:
+    found: list[Node] = []
+    torch.fx.node.map_arg(argument, found.append)
+    return found
+
+
+def _inside(call: Node):
+    return getattr(call.graph.owning_module, call.args[0].target)
+
+
+def target(node: Node) -> Node:
+    """What an operator writes into, seen through views and through other writes."""
+    while node.op.startswith("call") and name_of(node) in ALIASES | WRITES and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def writes_own(node: Node) -> bool:
+    """Whether an operator writes into what the graph itself has made: no effect outside, if nobody else reads it."""
+    return name_of(node) in WRITES and target(node).op.startswith("call")
+
+
+def writers(node: Node) -> list[Node]:
+    """What writes into a node's value in place, directly or through views, in graph order."""
+    found, seen, todo = [], {node}, [node]
+    while todo:
+        alias = todo.pop()
+        for user in alias.users:
+            if user.op.startswith("call") and user not in seen and user.args[0] is alias and name_of(user) in ALIASES | WRITES:
+                seen.add(user)
+                todo.append(user)
+                found += [user] if name_of(user) in WRITES else []
+    order = {n: i for i, n in enumerate(node.graph.nodes)} if found else {}
+    return sorted(found, key=order.get)
+
+
+def switches_mode(node: Node) -> bool:
+    """Whether a node enters or leaves autocast: what stands between such a pair depends on it without an edge."""
+    return node.op == "call_function" and name_of(node) in ("_enter_autocast", "_exit_autocast")
+
+
+def modes(graph) -> dict[Node, tuple[Node, ...]]:
+    """Node -> the ``_enter_autocast`` nodes that are open where it stands, outermost first."""
+    found, open_ = {}, []
+    for node in graph.nodes:
+        if name_of(node) == "_exit_autocast" and node.args[0] in open_:
+            open_.remove(node.args[0])
+        found[node] = tuple(open_)
+        if name_of(node) == "_enter_autocast":
+            open_.append(node)
+    return found
