@@ -44,14 +44,16 @@ POLICIES: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "authors": {"policy": "authors"},
     "authors-nomemory": {"policy": "authors", "threshold": 1.0},
+    "authors-8": {"policy": "authors", "memory_frames": 16, "temporal_frames": 8},
     "authors-12": {"policy": "authors", "memory_frames": 20, "temporal_frames": 12},
     "authors-dynamics": {"policy": "authors", "memory_frames": 20, "temporal_frames": 12, "window": "dynamics"},
+    "authors-dynamics-0.5": {"policy": "authors", "memory_frames": 20, "temporal_frames": 12, "window": "dynamics", "kappa": 0.5},
     "chunks-16": {"policy": "chunks", "memory_frames": 16},
     "slots": {"policy": "slots", "temporal_frames": 4, "slot_references": (1, 2, 3, 4), "slot_sink": 0},
     "coverage": {"policy": "coverage"},
     "coverage-4": {"policy": "coverage", "memory_frames": 4, "anchor_frames": 0},
-    "coverage-8": {"policy": "coverage", "memory_frames": 8, "min_gain": 0.0},
-    "coverage-12": {"policy": "coverage", "memory_frames": 12, "min_gain": 0.0},
+    "coverage-8": {"policy": "coverage", "min_gain": 0.0},
+    "coverage-12": {"policy": "coverage", "memory_frames": 12},
     "coverage-noanchor": {"policy": "coverage", "anchor_frames": 0},
     "coverage-frustum": {"policy": "coverage", "rule": "frustum"},
     "coverage-dynamics": {"policy": "coverage", "temporal_frames": 4, "window": "dynamics"},
@@ -178,32 +180,34 @@ def rows_of(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 @app.command()
-def report(out: pathlib.Path = pathlib.Path("out/context_policies.jsonl"), plot: pathlib.Path = pathlib.Path("out/context_policies.png"),
+def report(out: pathlib.Path = pathlib.Path("out/context_policies.jsonl"), plot: pathlib.Path = pathlib.Path("docs/context.svg"),
            source: str = "given") -> None:
     """Tables over all rows of OUT, and a plot. source: rows of policies that chose from "given" or from "all" latents."""
     rows = [r for r in rows_of(out) if r["from"] == source or r["policy"] == "dense"]
-    names = [p for p in POLICIES if any(r["policy"] == p for r in rows)]
     seen: dict[str, dict[str, tuple[float, ...]]] = {}
     for mode in ("teacher-forced", "free-running"):
         here = [r for r in rows if r["mode"] == mode]
+        names = [p for p in POLICIES if any(r["policy"] == p for r in here)]
         # Only what every policy was run on, or means would be of different things.
         cases = set.intersection(*({(r["trajectory"], r["seed"]) for r in here if r["policy"] == p} for p in names)) if here else set()
         if not cases:
             continue
         print(f"\n{mode}, {len(cases)} rollouts, frames {WARM} to 63\n")
-        print("| policy | context latents | against authors | PSNR | SSIM | PSNR on revisits | against dense |\n|---|---|---|---|---|---|---|")
-        base = None
         for name in names:
             own = [r for r in here if r["policy"] == name and (r["trajectory"], r["seed"]) in cases]
-            mean = lambda key: statistics.fmean(r[key] for r in own if r[key] is not None)
+            mean = lambda key: statistics.fmean(r[key] for r in own)
             revisit = [(r["psnr_revisit"], r["revisit_frames"]) for r in own if r["psnr_revisit"] is not None]
             weighted = sum(p * n for p, n in revisit) / sum(n for _, n in revisit)
-            tokens = mean("context")
-            base = tokens if name == "authors" else base
-            share = f"{tokens / base - 1:+.0%}" if base else ""
-            against = f"{mean('psnr_dense'):.1f} dB" if name != "dense" else ""
-            print(f"| {name} | {tokens:.1f} | {share} | {mean('psnr'):.2f} dB | {mean('ssim'):.4f} | {weighted:.2f} dB | {against} |")
-            seen.setdefault(mode, {})[name] = (tokens, mean("psnr"), weighted, mean("ssim"))
+            seen.setdefault(mode, {})[name] = (mean("context"), mean("psnr"), weighted, mean("ssim"), mean("psnr_dense"))
+        points = seen[mode]
+        fronts = {"all": front(points, 1), "revisits": front(points, 2)}
+        print("| policy | context latents | against authors | PSNR | SSIM | PSNR on revisits | against dense | on the front of |\n|---|---|---|---|---|---|---|---|")
+        for name, (tokens, quality, revisit, similarity, dense) in points.items():
+            share = f"{tokens / points['authors'][0] - 1:+.0%}" if "authors" in points and name != "authors" else ""
+            against = f"{dense:.1f} dB" if name != "dense" else ""
+            on = ", ".join(measure for measure, names_on in fronts.items() if name in names_on)
+            bold = "**" * (name == "coverage")
+            print(f"| {bold}{name}{bold} | {tokens:.1f} | {share} | {quality:.2f} dB | {similarity:.4f} | {revisit:.2f} dB | {against} | {on} |")
         print(f"\n{mode}, by trajectory: context latents, PSNR\n")
         kinds = [t for t in TRAJECTORIES if any(case[0] == t for case in cases)]
         print("| policy | " + " | ".join(kinds) + " |\n|---" + "|---" * len(kinds) + "|")
@@ -215,6 +219,12 @@ def report(out: pathlib.Path = pathlib.Path("out/context_policies.jsonl"), plot:
             print(f"| {name} | " + " | ".join(cells) + " |")
     if seen:
         draw(seen, plot)
+
+
+def front(points: dict[str, tuple[float, ...]], measure: int) -> set[str]:
+    """Policies than which no other has as few context latents and as much quality, and more of one of the two."""
+    better = lambda a, b: a[0] <= b[0] and a[measure] >= b[measure] and (a[0], a[measure]) != (b[0], b[measure])
+    return {name for name, own in points.items() if not any(better(other, own) for other in points.values())}
 
 
 def draw(seen: dict[str, dict[str, tuple[float, ...]]], path: pathlib.Path) -> None:

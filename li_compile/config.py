@@ -44,7 +44,7 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 #: Unit -> change D (eq. 1) at which half of the temporal window is kept: the median over free-running rollouts of Doom
 #: World (benchmarks/context_policies.py calibrate). Latents of another model have another scale.
-KAPPA = {"frame": 0.03, "chunk": 0.1}
+KAPPA = {"frame": 0.01, "chunk": 0.05}
 
 #: Where nothing is pruned, the window that decides which chunks are candidates is upstream's own: the authors' presets
 #: off, sparse and cache leave (M, L) at these, and their cached-step gate depends on them.
@@ -135,7 +135,8 @@ class ContextConfig(_Section):
         chunk ("chunks"), of each slot ("slots"). None: 0.7, slots 0.45.
     hysteresis: what a score may fall below a threshold before a gate that is open closes; of the memory and of the
         cached-step gate. "authors" and "slots" have none.
-    min_gain: share of the current view that chunk_frames further latents must add to be kept ("coverage").
+    min_gain: what chunk_frames further latents must add to be kept, as a share of the current view; seeing a point for the
+        second time counts a quarter of the first, and so on ("coverage").
     rule: what a view is: "sphere", "frustum" or "grid" (kernels/view_overlap.py). None: sphere, slots grid.
     fov: horizontal and vertical angle of view, degrees. intrinsics: fx, fy, cx, cy over the image's width and height,
         in its place (rule "frustum" only). radius: how far a camera sees, in the units of the poses; None: 8, slots 30.
@@ -159,7 +160,7 @@ class ContextConfig(_Section):
     chunk_frames: int = option(4, integer(1, 1024))
     threshold: float = option(None, optional(RATIO))  # type: ignore[assignment]
     hysteresis: float = option(0.05, RATIO)
-    min_gain: float = option(0.05, RATIO)
+    min_gain: float = option(0.01, RATIO)
     rule: str = option(None, optional(one_of("sphere", "frustum", "grid")))  # type: ignore[assignment]
     fov: tuple[float, float] = option((60.0, 35.0), several(real(0, 360, above=True), real(0, 180, above=True)))
     intrinsics: tuple[float, float, float, float] | None = option(

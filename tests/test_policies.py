@@ -13,8 +13,9 @@ from test_policy import CHUNK, LATENTS, forward_back, left_right, rollout, wande
 from li_compile.config import Config
 from li_compile.errors import ConfigError, PoseError
 from li_compile.kernels.view_overlap import view_visibility
+from li_compile.policies import base
 from li_compile.policies.base import PolicyState
-from li_compile.policies.coverage import SAMPLES
+from li_compile.policies.coverage import POOL, REPEAT, SAMPLES
 from li_compile.policies.gates import held, jumps
 from li_compile.policies.window import latent_change, smoothed, window_length
 from li_compile.policy import plan_context
@@ -111,7 +112,8 @@ def test_retrieved_is_what_the_newest_did_not_see():
     plan = plan_context(history, turns(*[20] * 4), options("coverage"))
     assert plan.coverage > 0.98
     yaws = [2 * i if i < 32 else 62 for i in plan.indices]
-    assert any(abs(yaw - 20) <= 4 for yaw in yaws) and plan.revisit and len(plan.indices) == 4
+    assert any(abs(yaw - 20) <= 4 for yaw in yaws) and plan.revisit and len(plan.indices) == 8
+    assert sum(yaw == 62 for yaw in yaws) == 1  # of the newest no more than is kept for being new
 
 
 def test_new_ground_keeps_the_anchor():
@@ -126,23 +128,32 @@ def test_new_ground_keeps_the_anchor():
 
 def test_the_oldest_of_equals_is_taken():
     history = turns(*[0] * 12, *[90] * 8)
-    assert plan_context(history, turns(*[0] * 4), options("coverage")).indices == (0, 1, 2, 19)
+    plan = plan_context(history, turns(*[0] * 4), options("coverage"))
+    assert plan.indices == (*range(7), 19)
+    # Three looks each: four more are worth 4 ** -3 + ... + 4 ** -6 of the view.
+    gain = sum(4.0**-k for k in range(3, 7))
+    for bar, length in ((gain - 1e-6, 8), (gain + 1e-6, 4)):
+        assert len(plan_context(history, turns(*[0] * 4), options("coverage", min_gain=bar)).indices) == length
 
 
 def naive_cover(history, current, config, most, known):
     """The rule in words, over all latents, one at a time; known: known ground, so no anchor."""
     count, context = len(history), config.context
     seen, _ = view_visibility(current, history, fov=context.fov, radius=context.radius, samples=SAMPLES)
-    views = [seen[:, i].flatten() for i in range(count)]
-    overlap = [v.float().mean().item() for v in views]
+    views = [seen[:, i].flatten().double() for i in range(count)]
     taken = [i for i in range(count) if (i < context.anchor_frames and not known) or i >= count - context.temporal_frames]
-    union = lambda frames: torch.stack([views[i] for i in frames]).any(0).sum().item() if frames else 0
+
+    def worth(frames):
+        """One look at a point counts 1, a second one REPEAT of it, a third one REPEAT of that: a geometric series."""
+        looks = torch.stack([views[i] for i in frames]).sum(0)
+        return ((1 - REPEAT**looks) / (1 - REPEAT)).mean().item()
+
     lengths = {}
     while len(taken) < min(most, count):
         rest = [i for i in range(count) if i not in taken]
-        taken.append(max(rest, key=lambda i: (union([*taken, i]), round(overlap[i], 6), -i)))
+        taken.append(max(rest, key=lambda i: (round(worth([*taken, i]), 9), -i)))
         if len(taken) % context.chunk_frames == 0:
-            lengths[len(taken)] = union(taken) / len(views[0])
+            lengths[len(taken)] = worth(taken), torch.stack([views[i] for i in taken]).any(0).double().mean().item()
     return taken, lengths
 
 
@@ -152,11 +163,11 @@ def test_against_the_greedy_rule_spelled_out(seed):
     for t in (8, 12, 16):  # all latents are looked at
         plan = plan_context(poses[:t], poses[t : t + 4], config)
         taken, lengths = naive_cover(poses[:t], poses[t : t + 4], config, 12, plan.revisit)
-        assert plan.indices == tuple(sorted(taken)) and plan.coverage == pytest.approx(lengths[len(taken)], abs=1e-6)
+        assert plan.indices == tuple(sorted(taken)) and plan.coverage == pytest.approx(lengths[len(taken)][1], abs=1e-6)
         shortest = 4 if plan.revisit else 8  # the anchor and the newest fill more than one chunk's length
         if t > shortest:
-            gain = lengths[shortest + 4] - lengths[shortest]
-            for bar, length in ((gain + 1e-3, shortest), (max(gain - 1e-3, 0), shortest + 4)):
+            gain = lengths[shortest + 4][0] - lengths[shortest][0]
+            for bar, length in ((min(gain + 1e-6, 1), shortest), (max(gain - 1e-6, 0), shortest + 4)):
                 bounded = options("coverage", min_gain=bar, fov=(90, 70), memory_frames=shortest + 4)
                 assert len(plan_context(poses[:t], poses[t : t + 4], bounded).indices) == length
 
@@ -166,6 +177,15 @@ def test_a_long_history_is_searched_where_the_camera_looks():
     history = torch.cat([turns(*[0] * 4), turns(*[90] * 400)])
     plan = plan_context(history, turns(*[0] * 4), options("coverage", anchor_frames=0))
     assert plan.coverage == 1.0 and plan.indices[0] < 4 and plan.revisit
+
+
+def test_a_late_chunk_costs_no_more_than_an_early_one(monkeypatch):
+    """However long the history is, the same number of latents is looked at closely."""
+    looked, real = [], base.view_visibility
+    monkeypatch.setattr(base, "view_visibility", lambda query, history, **view: looked.append(len(history)) or real(query, history, **view))
+    for count in (20, 60, 400):
+        plan_context(turns(*range(count)), turns(*[5] * 4), options("coverage"))
+    assert looked == [POOL] * 3
 
 
 # Gates.

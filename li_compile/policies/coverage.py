@@ -1,4 +1,4 @@
-"""The default policy: few single latents that together saw most of what the camera is about to see."""
+"""The default policy: few single latents that together saw most of what the camera is about to see, some of it twice."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from .gates import MARGIN
 __all__ = ["CoveragePolicy"]
 
 SAMPLES = 256  # points of a current view: of a chunk of four, 1024
+REPEAT = 0.25  # worth of seeing a point once more, over the worth of seeing it the time before; a power of two, so sums are exact
 POOL = 16  # latents that are looked at closely, however long the history is
 
 
@@ -18,16 +19,17 @@ class CoveragePolicy:
     """Greedy cover of the current views by single latents; on new ground with the anchor.
 
     The newest ``temporal_frames`` are kept and, on new ground, the oldest ``anchor_frames``. Then, one at a time, the
-    latent is taken that adds most: that saw most points of the current views which none of those taken saw. Where nothing
-    is left to add it is the one of most overlap; of equals, the oldest. Lengths are whole multiples of ``chunk_frames``:
-    what was begun is filled, a further multiple follows only if its latents add ``min_gain`` of the views together, up to
+    latent is taken that adds most: that saw most points of the current views, a point that k of those taken saw counting
+    ``REPEAT ** k``; of equals, the oldest. Lengths are whole multiples of ``chunk_frames``: what was begun is filled, a further
+    multiple follows only if its latents add ``min_gain`` of the views together, counted in the same way, up to
     ``memory_frames``. A history of one chunk is kept whole.
 
-    What a latent adds counts, not what it overlaps. Of the newest chunk, whose latents mostly saw the same, one or two may
-    be enough; an old latent is retrieved where it shows something that the newest do not. The oldest of equals has been
-    through the model least often, and carries the least drift. New ground, where no old chunk is as near as the newest
-    one, has nothing like it to retrieve; there the anchor takes its place, without which a model that is left to its own
-    newest frames drifts away in brightness and colour.
+    What a latent adds counts, not what it overlaps: of the newest chunk, whose latents mostly saw the same, one or two may
+    be enough, and an old latent is retrieved where it shows something that the newest do not. That a second look still
+    counts is what the model wants (docs/context.md): with first looks alone, it is given the edges of a view from latents that
+    saw little else. The oldest of equals has been through the model least often, and carries the least drift. New ground,
+    where no old chunk is as near as the newest one, has nothing like it to retrieve; there the anchor takes its place, without
+    which a model that is left to its own newest frames drifts away in brightness and colour.
 
     Only ``POOL`` latents are looked at: the newest, the anchor, and the chunks whose cameras stand and look most like the
     current ones. So a chunk late in a long history costs no more than an early one.
@@ -51,33 +53,32 @@ class CoveragePolicy:
 
         anchor = 0 if known else context.anchor_frames
         forced = [i for i, frame in enumerate(pool) if frame < anchor or frame >= count - scene.window]
-        taken, covered = _cover(views, overlap, forced, context.memory_frames, step, context.min_gain)
+        taken, covered = _cover(views, forced, context.memory_frames, step, context.min_gain)
         chosen = sorted(pool[i] for i in taken)
         reason = f"{'known' if known else 'new'} ground: {len(chosen)} latents cover {covered:.0%} of the view, " \
                  f"{sum(frame < count - step for frame in chosen)} of them older than the newest chunk"
         return Choice(tuple(chosen), reason, known, best, scores, covered, known if scores else None)
 
 
-def _cover(views: np.ndarray, overlap: np.ndarray, forced: list[int], most: int, step: int, min_gain: float) -> tuple[list[int], float]:
+def _cover(views: np.ndarray, forced: list[int], most: int, step: int, min_gain: float) -> tuple[list[int], float]:
     """Which rows of ``views`` [P, points] to take, and the share of points that these saw. On numpy, whose small operations
     cost a third of torch's."""
-    taken = list(forced)
-    left = ~views[taken].any(0)
+    taken, seen = list(forced), views.astype(np.float64)
+    worth = REPEAT ** seen[taken].sum(0)  # of each point, to the next that sees it
     most = min(most, len(views) // step * step)
-    # Ties, and places with nothing left to add: most overlap first, then the oldest. All together less than one point.
-    preference = 0.5 * overlap - 1e-6 * np.arange(len(views))
+    older = -1e-12 * np.arange(len(views))
     while len(taken) < most:
-        bucket, rest = list(taken), left
+        bucket, rest = list(taken), worth
         for _ in range(step - len(taken) % step):
-            gain = np.count_nonzero(views & rest, axis=1) + preference
+            gain = seen @ rest + older
             gain[bucket] = -1.0
             bucket.append(int(gain.argmax()))
-            rest = rest & ~views[bucket[-1]]
-        gained = np.count_nonzero(left) - np.count_nonzero(rest)
-        if taken and len(taken) % step == 0 and gained < min_gain * left.size:
+            rest = np.where(views[bucket[-1]], REPEAT * rest, rest)
+        gained = (worth - rest).sum() / (1 - REPEAT)
+        if taken and len(taken) % step == 0 and gained < min_gain * worth.size:
             break
-        taken, left = bucket, rest
-    return taken, 1.0 - int(np.count_nonzero(left)) / left.size
+        taken, worth = bucket, rest
+    return taken, float(views[taken].any(0).mean())
 
 
 def _shortlist(scene: Scene) -> list[int]:
