@@ -201,7 +201,8 @@ def report(out: pathlib.Path = pathlib.Path("out/context_policies.jsonl"), plot:
             seen.setdefault(mode, {})[name] = (mean("context"), mean("psnr"), weighted, mean("ssim"), mean("psnr_dense"))
         points = seen[mode]
         fronts = {"all": front(points, 1), "revisits": front(points, 2)}
-        print("| policy | context latents | against authors | PSNR | SSIM | PSNR on revisits | against dense | on the front of |\n|---|---|---|---|---|---|---|---|")
+        print("| policy | context latents | against authors | PSNR | SSIM | PSNR on revisits | against dense | on the front of |")
+        print("|---" * 8 + "|")
         for name, (tokens, quality, revisit, similarity, dense) in points.items():
             share = f"{tokens / points['authors'][0] - 1:+.0%}" if "authors" in points and name != "authors" else ""
             against = f"{dense:.1f} dB" if name != "dense" else ""
@@ -246,7 +247,7 @@ def draw(seen: dict[str, dict[str, tuple[float, ...]]], path: pathlib.Path) -> N
             axis.set_title(mode)
             axis.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, metadata={"Date": None})
     print(f"\nwritten to {path}")
 
 
@@ -275,7 +276,8 @@ def planning(repeats: int = 200, threads: int = 1) -> None:
     session.extend(poses)
     start = time.perf_counter()
     plans = session.plan_ahead()
-    print(f"\na whole trajectory of {len(poses)} latents planned ahead by coverage: {(time.perf_counter() - start) * 1e3:.1f} ms for {len(plans)} chunks")
+    took = (time.perf_counter() - start) * 1e3
+    print(f"\na whole trajectory of {len(poses)} latents planned ahead by coverage: {took:.1f} ms for {len(plans)} chunks")
 
 
 @app.command()

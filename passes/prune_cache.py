@@ -26,9 +26,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 import li_compile.kernels.frame_attention  # noqa: F401  (registers li::frame_attention)
-from li_compile.patterns import CONTEXT, AttentionSite, ContextConcat, Miss
+from li_compile.patterns import CONTEXT, AttentionSite, ContextConcat
 from li_compile.patterns.context_cache import cache_reads, context_segment
-from li_compile.patterns.graph import SDPA, calls, placeholders, shape, source_line, value
+from li_compile.patterns.graph import SDPA, calls, placeholders, shape, value
 
 from .record import Record
 
