@@ -43,8 +43,8 @@ app = typer.Typer(add_completion=False)
 TRAJECTORIES = "revisit,revisit_unseen,loop,explore,still,sudden"
 OUT, PICTURE = pathlib.Path("out/cached_steps.json"), pathlib.Path("docs/cached_steps.svg")
 WARM = 2  # chunks
-# The gate's candidates as in preset all: what pruning leaves in the window.
-WINDOW = {"context.enabled": False, "context.memory_frames": 12, "context.temporal_frames": 4, "context.fov": FOV}
+# The authors' gate, with the candidates that their pruning leaves in the window.
+WINDOW = {"context.enabled": False, "context.policy": "authors", "context.memory_frames": 12, "context.temporal_frames": 4, "context.fov": FOV}
 WAYS = [("hold", None), ("hold", (1,)), ("hold", (2,)), ("linear", (2,)), ("previous", None), ("previous", (2,))]
 GATES = [("always", None), ("always", 0.2), ("always", 0.12), ("views", None), ("views", 0.2)]
 

@@ -74,18 +74,32 @@ def fake_mode_of(inputs: Sequence[Any]):
     return modes[0] if modes else FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def static_fakes(inputs: Sequence[Any], devices: Sequence[torch.device | None] | None = None):
-    """(mode, fake inputs) with constant sizes for tensors and numbers; devices: of meta tensors, what they stand for."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+def static_fakes(inputs: Sequence[Any], devices: Sequence[torch.device | None] | None = None, free: Sequence[int] = ()):
+    """(mode, fake inputs) with constant sizes for tensors and numbers.
 
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    devices: of meta tensors, what they stand for. free: positions of numbers that stay symbolic, so that one compilation
+    serves all their values (``ShapeEnv.create_symbol``, private; 2.11 to 2.14).
+    """
+    from torch._dynamo.source import ConstantSource
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+    env = ShapeEnv()
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=env)
     fakes = []
     for i, x in enumerate(inputs):
         if isinstance(x, torch.Tensor) and x.is_meta and devices is not None:
             with mode:
                 fakes.append(torch.empty(x.shape, dtype=x.dtype, device=devices[i]))
+        elif isinstance(x, torch.Tensor):
+            fakes.append(mode.from_tensor(x, static_shapes=True))
+        elif i in free:
+            source = ConstantSource(f"li_number_{i}")
+            symbol = env.create_symbol(int(x), source, dynamic_dim=DimDynamic.DYNAMIC, constraint_dim=None,
+                                       do_not_specialize_zero_one=True)
+            fakes.append(env.create_symintnode(symbol, hint=int(x), source=source))
         else:
-            fakes.append(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x)
+            fakes.append(x)
     return mode, fakes
 
 

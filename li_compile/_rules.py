@@ -69,7 +69,8 @@ def ascending(low: int, high: int = 1 << 20) -> Rule:
 
 
 def one_of(*names: str) -> Rule:
-    return Rule(" or ".join(map(repr, names)), lambda value: accept(value in names, value))
+    allowed = ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
+    return Rule(allowed, lambda value: accept(isinstance(value, str) and value in names, value))
 
 
 def optional(rule: Rule) -> Rule:

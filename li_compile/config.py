@@ -18,8 +18,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from li_compile._rules import (FLAG, NAME, RATIO, RATIOS, SHARE, Rule, accept, ascending, integer, one_of, option, optional,
-                               real, several, validate)
+from li_compile._rules import (FLAG, NAME, RATIO, RATIOS, SHARE, ascending, integer, listed, one_of, option, optional, real,
+                               several, validate)
 from li_compile.errors import ConfigError
 
 __all__ = ["PRESETS", "CacheConfig", "Config", "ContextConfig", "ExactConfig", "SparseConfig"]
@@ -34,9 +34,21 @@ PRESETS: dict[str, frozenset[str]] = {
     "all": frozenset({"exact", "context", "sparse", "cache"}),
 }
 
-# Where nothing is pruned, the window that decides which chunks are candidates is upstream's own: the authors' presets
-# off, sparse and cache leave (M, L) at these, and their cached-step gate depends on them.
-_UNPRUNED = {"memory_frames": 20, "temporal_frames": 12}
+#: Context policy -> what those options default to that it has a taste of its own about.
+POLICIES: dict[str, dict[str, Any]] = {
+    "coverage": {"memory_frames": 8, "temporal_frames": 1, "anchor_frames": 4, "threshold": 0.7, "rule": "sphere", "radius": 8.0, "dynamics_unit": "frame"},
+    "chunks": {"memory_frames": 16, "temporal_frames": 4, "anchor_frames": 4, "threshold": 0.7, "rule": "sphere", "radius": 8.0, "dynamics_unit": "chunk"},
+    "authors": {"memory_frames": 12, "temporal_frames": 4, "anchor_frames": 4, "threshold": 0.7, "rule": "sphere", "radius": 8.0, "dynamics_unit": "chunk"},
+    "slots": {"memory_frames": 5, "temporal_frames": 0, "anchor_frames": 0, "threshold": 0.45, "rule": "grid", "radius": 30.0, "dynamics_unit": "chunk"},
+}
+
+#: Unit -> change D (eq. 1) at which half of the temporal window is kept: the median over free-running rollouts of Doom
+#: World (benchmarks/context_policies.py calibrate). Latents of another model have another scale.
+KAPPA = {"frame": 0.01, "chunk": 0.05}
+
+#: Where nothing is pruned, the window that decides which chunks are candidates is upstream's own: the authors' presets
+#: off, sparse and cache leave (M, L) at these, and their cached-step gate depends on them.
+UNPRUNED = {"memory_frames": 20, "temporal_frames": 12, "anchor_frames": 4}
 
 
 class _Section:
@@ -110,34 +122,95 @@ class SparseConfig(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class ContextConfig(_Section):
-    """Which history latents the model attends to (paper section 3.1, eq. 4; released ``select_aligned_memory_frames``).
+    """Which history latents the model attends to (paper section 3.1; docs/context.md).
 
-    memory_frames: latents kept in all (M). temporal_frames: the newest, always kept (L). anchor_frames: the oldest,
-        always kept. What M leaves is filled with the chunks whose view overlaps the current one most. Where pruning
-        is off, the two default to upstream's 20 and 12, which then only bound the candidates of the cached-step gate.
-    chunk_frames: latents generated together; the three above are multiples of it.
-    threshold: least view overlap of the best chunk for which retrieved chunks are kept at all (tau_pose).
-    fov: horizontal and vertical angle of view, degrees. radius: how far a camera sees, in the units of the poses.
+    policy: "coverage" (default: single latents that together saw most of the current view), "chunks" (each retrieved
+        chunk on its own score), "authors" (the released selection for HY-WorldPlay), "slots" (Matrix-Game-3.0's).
+    memory_frames: latents kept in all, at most (M). temporal_frames: the newest, always kept (L). anchor_frames: the
+        oldest, always kept; with "coverage" on new ground only. None: what the policy is best at (POLICIES above).
+        Where pruning is off, upstream's 20, 12 and 4, which then only bound the candidates of the cached-step gate.
+    chunk_frames: latents generated together; M is a multiple of it, and so is every length that a plan comes to, so
+        that few variants are compiled.
+    threshold: least view overlap for which retrieved memory is kept (tau_pose): of the best chunk ("authors"), of each
+        chunk ("chunks"), of each slot ("slots"). None: 0.7, slots 0.45.
+    hysteresis: what a score may fall below a threshold before a gate that is open closes; of the memory and of the
+        cached-step gate. "authors" and "slots" have none.
+    min_gain: what chunk_frames further latents must add to be kept, as a share of the current view; seeing a point for the
+        second time counts a quarter of the first, and so on ("coverage").
+    rule: what a view is: "sphere", "frustum" or "grid" (kernels/view_overlap.py). None: sphere, slots grid.
+    fov: horizontal and vertical angle of view, degrees. intrinsics: fx, fy, cx, cy over the image's width and height,
+        in its place (rule "frustum" only). radius: how far a camera sees, in the units of the poses; None: 8, slots 30.
+        near: least depth of what it sees.
+    window: "fixed", or "dynamics": of temporal_frames only as many as the newest latents' change calls for (eq. 1-3).
+        dynamics_unit: what is compared, "chunk" or "frame", and what a window's length is a multiple of. None: frame for
+        "coverage", whose lengths do not depend on it, else chunk. alpha: weight of the newest change. kappa: change at
+        which half of the window is kept, in squared latent units; None: as calibrated on Doom World (KAPPA below).
+    teleport: distance between consecutive cameras, in radii, from which the new place has nothing to do with the newest
+        latents: none is then kept for being new, and hysteresis and dynamics start afresh. Not in "authors" and "slots".
+    slot_references: current poses, counted from the end, that a memory slot is filled for; the last one's slot holds
+        slot_sink, a frame of the history ("slots").
     """
 
     section: ClassVar[str] = "context"
     enabled: bool = option(True, FLAG)
-    memory_frames: int = option(12, integer(1))
-    temporal_frames: int = option(4, integer(1))
-    anchor_frames: int = option(4, integer(0))
+    policy: str = option("coverage", one_of(*POLICIES))
+    memory_frames: int = option(None, optional(integer(1)))  # type: ignore[assignment]  # None: resolved in __post_init__
+    temporal_frames: int = option(None, optional(integer(0)))  # type: ignore[assignment]
+    anchor_frames: int = option(None, optional(integer(0)))  # type: ignore[assignment]
     chunk_frames: int = option(4, integer(1, 1024))
-    threshold: float = option(0.7, RATIO)
+    threshold: float = option(None, optional(RATIO))  # type: ignore[assignment]
+    hysteresis: float = option(0.05, RATIO)
+    min_gain: float = option(0.01, RATIO)
+    rule: str = option(None, optional(one_of("sphere", "frustum", "grid")))  # type: ignore[assignment]
     fov: tuple[float, float] = option((60.0, 35.0), several(real(0, 360, above=True), real(0, 180, above=True)))
-    radius: float = option(8.0, real(0, above=True))
+    intrinsics: tuple[float, float, float, float] | None = option(
+        None, optional(several(real(0, above=True), real(0, above=True), real(-4, 4), real(-4, 4))))
+    radius: float = option(None, optional(real(0, above=True)))  # type: ignore[assignment]
+    near: float = option(0.1, real(0, above=True))
+    window: str = option("fixed", one_of("fixed", "dynamics"))
+    alpha: float = option(0.5, SHARE)
+    kappa: float = option(None, optional(real(0, above=True)))  # type: ignore[assignment]
+    dynamics_unit: str = option(None, optional(one_of("chunk", "frame")))  # type: ignore[assignment]
+    teleport: float = option(0.5, real(0, above=True))
+    slot_references: tuple[int, ...] = option((1, 9, 17, 25, 33), listed(integer(1)))
+    slot_sink: int = option(4, integer(0))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("memory_frames", "temporal_frames", "anchor_frames"):
-            whole = getattr(self, key) % self.chunk_frames == 0
-            self._require(whole, key, f"a multiple of context.chunk_frames = {self.chunk_frames}")
+        for key, default in (POLICIES[self.policy] | ({} if self.enabled else UNPRUNED)).items():
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, default)
+        if self.kappa is None:
+            object.__setattr__(self, "kappa", KAPPA[self.dynamics_unit])
+        whole = ("memory_frames", "temporal_frames", "anchor_frames") if self.policy in ("authors", "chunks") else ("memory_frames",)
+        for key in whole if self.policy != "slots" else ():
+            self._require(getattr(self, key) % self.chunk_frames == 0, key, f"a multiple of context.chunk_frames = {self.chunk_frames}")
         least = self.anchor_frames + self.temporal_frames
         needed = f"at least {least}, the sum of context.anchor_frames and context.temporal_frames"
         self._require(self.memory_frames >= least, "memory_frames", needed)
+        unit = self.policy == "coverage" or self.dynamics_unit == "chunk" or self.window == "fixed"
+        self._require(unit, "dynamics_unit", f"'chunk' with context.policy = {self.policy!r}, or context lengths would be many")
+        self._require(self.intrinsics is None or self.rule == "frustum", "intrinsics", "None unless context.rule is 'frustum'")
+        self._require(self.rule == "sphere" or self.near < self.radius, "near", f"below context.radius = {self.radius:g}")
+
+    def lengths(self) -> tuple[int, int]:
+        """The shortest and the longest context, in latents, of a plan with enough history."""
+        if self.policy == "slots":
+            return 1, len(self.slot_references)
+        least = self.temporal_frames + (0 if self.policy == "coverage" else self.anchor_frames)  # there on new ground only
+        return max(1, -(-least // self.chunk_frames)) * self.chunk_frames, self.memory_frames
+
+    def view(self) -> dict[str, Any]:
+        """What a camera sees, as keyword arguments of ``kernels.view_overlap``. Needs torch if intrinsics are given."""
+        view: dict[str, Any] = {"rule": self.rule, "fov": self.fov, "radius": self.radius}
+        if self.rule != "sphere":
+            view["near"] = self.near
+        if self.intrinsics is not None:
+            import torch
+
+            fx, fy, cx, cy = self.intrinsics
+            view["intrinsics"] = torch.tensor([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], dtype=torch.float64)
+        return view
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +269,7 @@ class Config:
     context: ContextConfig = None  # type: ignore[assignment]
     cache: CacheConfig = None  # type: ignore[assignment]
     strict: bool = option(False, FLAG)
-    lowering: str = option("inductor", Rule("'inductor' or 'eager'", lambda v: accept(v in ("inductor", "eager"), v)))
+    lowering: str = option("inductor", one_of("inductor", "eager"))
     inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     family: str | None = option(None, optional(NAME))
 
@@ -297,10 +370,7 @@ def _resolve(section: str, given: Any, on: bool) -> _Section:
     cls = _SECTIONS[section]
     if isinstance(given, cls):
         return given
-    values = {"enabled": on, **_as_mapping(section, {} if given is None else given)}
-    if cls is ContextConfig and values["enabled"] is False:
-        values = _UNPRUNED | values
-    return cls(**values)
+    return cls(**{"enabled": on, **_as_mapping(section, {} if given is None else given)})
 
 
 def _canonical(key: str, value: Any) -> Any:

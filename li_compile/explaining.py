@@ -75,25 +75,31 @@ def _variants(facts: Facts, config: Config) -> list[tuple[int | None, bool]]:
     reuse = can_reuse(facts, config)
     if facts.context is None or not config.context.enabled:
         return [(None, False), (None, True)] if reuse else [(None, False)]
-    c = config.context
-    given = hint(facts.sites and next(s for s in facts.sites if s.kind == "decode").frames(patterns.CONTEXT))
-    lengths = sorted({min(given, c.anchor_frames + c.temporal_frames), min(given, c.memory_frames)})
+    given = facts.context.frames
+    lengths = sorted({min(given, length) for length in config.context.lengths()})
     return [(lengths[0], False), (lengths[-1], True)] if reuse else [(n, False) for n in lengths]
 
 
 def _static(facts: Facts, fakes: list[Any], kept: int | None):
     """Fake inputs of constant sizes, with the kept number of context frames."""
-    size = lambda x, name: kept if kept is not None and name in facts.context.sizes else hint(x)
+    context = facts.context
+    pruned = kept is not None and context.at_source
     shapes = []
     for fake, node in zip(fakes, placeholders(facts.module.graph)):
         if not isinstance(fake, torch.Tensor):
-            shapes.append(size(fake, node.name) if isinstance(fake, torch.SymInt) else fake)
+            size = context.sizes[node.name].size(kept) if pruned and node.name in context.sizes else None
+            shapes.append(fake if not isinstance(fake, torch.SymInt) else hint(fake) if size is None else size)
             continue
         dims = [hint(d) for d in fake.shape]
-        if kept is not None and node.name in facts.context.inputs:
-            dims[facts.context.inputs[node.name]] = kept
+        if pruned and node.name in context.inputs:
+            held = context.inputs[node.name]
+            dims[held.dim] = held.size(kept)
         shapes.append(torch.empty(dims, dtype=fake.dtype, device="meta"))
-    return _compat.static_fakes(shapes, [getattr(f, "device", None) for f in fakes])
+    devices = [getattr(f, "device", None) for f in fakes]
+    if kept is not None and not context.at_source:
+        shapes.append(torch.empty(kept, dtype=torch.int64, device="meta"))
+        devices.append(devices[[p.name for p in placeholders(facts.module.graph)].index(next(iter(context.inputs)))])
+    return _compat.static_fakes(shapes, devices)
 
 
 def _zeros(fake: Any) -> Any:

@@ -23,11 +23,13 @@ from li_compile.passes.forward_stores import forward_stores
 from li_compile.passes.normalize import normalize
 from li_compile.passes.pack_context import pack_context
 from li_compile.passes.propagate import propagate, tidy
+from li_compile.passes.prune_cache import prune_cache
 from li_compile.passes.prune_context import prune_context
 from li_compile.passes.record import Record, Refused
 from li_compile.passes.share_steps import share_steps
 from li_compile.passes.sparse_attention import sparse_attention
 from li_compile.patterns import registry
+from li_compile.patterns.context_check import check_context
 from li_compile.patterns.graph import placeholders, value
 from li_compile.report import GraphReport, VariantReport
 from li_compile.reuse import apply_reuse, describe, found_loop
@@ -96,6 +98,8 @@ def match(module: GraphModule, config: Config) -> Facts:
     grid = config.sparse.grid or (family.grid if family else None)
     sites, misses = patterns.find_attention(module, grid)
     context, why = patterns.find_context(module, sites, dict(family.roles) if family else None)
+    if context is not None:
+        context, why = check_context(module, context, family.positions if family else None)
     loop, why_not = patterns.find_loop(module)
     return Facts(module, sites, context, loop, [*misses, *why, *why_not])
 
@@ -117,8 +121,9 @@ def report_of(index: int, facts: Facts) -> GraphReport:
             found[f"attention, {kind}"] = f"{sum(len(s.calls) for s in here)} sites, grid {here[0].grid[0]} x " \
                                           f"{here[0].grid[1]}, {here[0].branches} branches"
     if facts.context is not None:
-        found["context"] = f"{facts.context.sites} concatenations, {facts.context.tokens} tokens a frame, " \
-                           f"inputs {', '.join(facts.context.inputs)}"
+        c = facts.context
+        found["context"] = f"{c.sites} concatenations (form {c.form}), {c.tokens} tokens a frame, inputs {', '.join(c.inputs)}" \
+                           + ("" if c.history_w2c else "; no cameras among them: pruned by Session.chunk()")
     if facts.loop is not None:
         found["denoising loop"] = describe(facts.loop)
     flops, moved = cost(facts.module)
@@ -138,13 +143,19 @@ def build(facts: Facts, config: Config, inputs: Sequence[Any], mode, *, kept: in
 def prepare(facts: Facts, config: Config, inputs: Sequence[Any], mode, kept: int | None) -> Base:
     """Run the passes that all variants of one context length share: exact first, then approximate.
 
-    inputs: fake tensors of mode, already of the kept context length. A pass that fails leaves the graph as it was,
+    inputs: fake tensors of mode, already of the kept context length; where only cached keys and values are at hand, of the
+    length as it is, with the vector of kept frames after them. A pass that fails leaves the graph as it was,
     with a warning, or raises RewriteError under ``strict``; pruning cannot be left out, and raises in any case.
     """
     base = Base(copy.deepcopy(facts.module), [])
     apply = partial(_apply, base, config, inputs, mode)
-    if kept is not None:
+    if kept is not None and facts.context.at_source:
         apply("prune_context", lambda m: prune_context(m, facts.context, kept), needed=True)
+    elif kept is not None:
+        # Block-sparse attention selects blocks itself and takes whole segments; dense attention can read by lists of frames.
+        by_lists = None if config.sparse.enabled or facts.context.tokens % config.sparse.block_size else config.sparse.block_size
+        apply("prune_context", lambda m: prune_cache(m, facts.context, patterns.find_attention(m, config.sparse.grid or _grid(facts))[0],
+                                                     by_lists), needed=True)
     if config.exact.enabled:
         apply("equal_rows", equal_rows)
     if config.sparse.enabled:

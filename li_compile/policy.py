@@ -1,163 +1,119 @@
-"""What a chunk attends to and whether its denoising steps are reused, decided on the host from camera poses alone.
+"""What a chunk attends to and whether its denoising steps are reused, decided on the host before its first step.
 
-Pure functions: poses in, a plan out. Decisions are taken once a chunk, before its first step.
+Pure functions: poses and the state of the chunk before in, a plan out. The policies stand in ``li_compile.policies``;
+what is common to all of them is here.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from li_compile.config import Config
 from li_compile.errors import PoseError
-from li_compile.kernels.view_overlap import view_overlap
+from li_compile.policies import RELEASED, SELECTORS
+from li_compile.policies.base import Choice, ChunkPlan, PolicyState, Scene
+from li_compile.policies.gates import held, is_revisit, jumps
+from li_compile.policies.poses import check_poses
+from li_compile.policies.window import latent_change, smoothed, window_length
 
-__all__ = ["ChunkPlan", "check_poses", "plan_context"]
-
-
-@dataclasses.dataclass(frozen=True)
-class ChunkPlan:
-    """What was decided for one chunk.
-
-    indices: positions kept in the history that was given, ascending.
-    reuse: whether the steps between the first and the last take the first one's output.
-    score: view overlap of the best candidate chunk, in [0, 1]; 0.0 without candidates.
-    scores: first latent of each candidate chunk (a position in the history given) -> its view overlap.
-    reason: one sentence that says why.
-    history: latents in the history that was given.
-    """
-
-    indices: tuple[int, ...]
-    reuse: bool
-    score: float
-    scores: dict[int, float]
-    reason: str
-    history: int
+__all__ = ["ChunkPlan", "PolicyState", "check_poses", "dynamics_unit", "latent_change", "plan_checked", "plan_context"]
 
 
-def plan_context(history_w2c: torch.Tensor, current_w2c: torch.Tensor, config: Config) -> ChunkPlan:
+def plan_context(history_w2c: Any, current_w2c: Any, config: Config, *, state: PolicyState = PolicyState(),
+                 change: float | None = None, depth: torch.Tensor | None = None) -> ChunkPlan:
     """Choose the context of the chunk with poses ``current_w2c`` out of the latents before it.
-
-    The released algorithm: anchor latents and the newest ``temporal_frames`` are kept. Every whole chunk between them
-    is a candidate; its score is the mean over the current latents q of (S(q, j) + S(q, j + half a chunk)) / 2, with
-    S the view overlap. If the best score reaches ``context.threshold``, candidates are kept best first until
-    ``memory_frames`` is full, else none is. A history shorter than ``memory_frames`` is kept whole and not scored.
-    Steps are reused if the best score reaches ``cache.threshold``. With ``context`` disabled the whole history is kept
-    and scored all the same, for the cache.
 
     Args:
         history_w2c: ``[N, 4, 4]`` rigid world-to-camera matrices, one a latent, oldest first; N a multiple of
-            ``context.chunk_frames``, 0 included. A tensor or anything that ``torch.as_tensor`` takes.
+            ``context.chunk_frames``, 0 included. A tensor or anything that ``torch.as_tensor`` takes. It may be all
+            latents so far or those that another selection already left of them, the newest ones among them.
         current_w2c: ``[Q, 4, 4]`` likewise for the chunk to be generated; Q a positive multiple.
+            With policy "slots" both are poses of video frames, of any number.
         config: its ``context`` and ``cache`` parts are read.
+        state: ``plan.state`` of the chunk before, for hysteresis and smoothing.
+        change: D_t of eq. 1 (:func:`latent_change`), for ``context.window = "dynamics"``; None: not known.
+        depth: ``[N, h, w]`` depth maps of the history, for rule "frustum": what lies behind surfaces was not seen.
 
-    The history may be all latents so far or what upstream's retrieval already chose from them (anchor chunk, the one
-    candidate of best overlap, the newest 12 latents): the plan is the same up to the positions' numbering, as long as
-    ``memory_frames - temporal_frames`` leaves room for one retrieved chunk, as all presets do. The reason: a plan uses
-    the best candidate only. The candidates here are all chunks older than our temporal window, L latents; upstream's
-    are those older than 12. So the best of ours either is upstream's best, which is among those given, or lies
-    between the two windows, and all of that is given too. Upstream starts to choose at more than 20 latents only.
+    With ``context`` disabled the whole history is kept and scored all the same, for the cache. Steps are reused if the
+    score reaches ``cache.threshold``, and, but with the released policies, only on known ground (``plan.revisit``).
 
     Raises:
         PoseError: a shape, a count that fits no whole chunk, a pose that is not finite or not rigid; names the frame.
 
-    Source: Light Interaction section 3.1 eq. 4 and eq. 5-8; released ``select_aligned_memory_frames`` and the gate in
-    its pipeline.
+    Source: Light Interaction section 3.1 and eq. 5-8.
     """
-    context, chunk = config.context, config.context.chunk_frames
-    history = check_poses(history_w2c, "history", multiple=chunk)
-    current = check_poses(current_w2c, "current", multiple=chunk)
-    count = history.shape[0]
-    if current.shape[0] == 0:
+    multiple = 1 if config.context.policy == "slots" else config.context.chunk_frames
+    history = check_poses(history_w2c, "history", multiple=multiple)
+    current = check_poses(current_w2c, "current", multiple=multiple)
+    return plan_checked(history, current, config, state=state, change=change, depth=depth)
+
+
+def plan_checked(history: torch.Tensor, current: torch.Tensor, config: Config, *, state: PolicyState = PolicyState(),
+                 change: float | None = None, depth: torch.Tensor | None = None, since_jump: int | None = None) -> ChunkPlan:
+    """:func:`plan_context` for poses that :func:`check_poses` returned.
+
+    since_jump: history latents after the last teleport; None: looked for only between history and current chunk, since
+    a history that was selected jumps wherever something was left out.
+    """
+    context, count = config.context, len(history)
+    if len(current) == 0:
         raise PoseError("the current chunk has no poses; give one world-to-camera matrix for each of its latents")
+    if depth is not None and len(depth) != count:
+        raise PoseError(f"{len(depth)} depth maps for {count} history poses; give one a latent, or none")
+    if count == 0:
+        return ChunkPlan((), False, 0.0, {}, "no history", 0, state=state)
 
-    everything = tuple(range(count))
-    if count < context.memory_frames:
-        reason = f"all kept: {count} latents so far, pruning starts at {context.memory_frames}"
-        return ChunkPlan(everything, False, 0.0, {}, reason, count)
+    released = context.policy in RELEASED
+    if since_jump is None:
+        jumped = not released and len(jumps(torch.cat((history[-1:], current[:1])), context.teleport * context.radius)) > 0
+        since_jump = 0 if jumped else count
+    teleported = not released and since_jump == 0
+    if teleported:
+        state, change = PolicyState(), None
+    state, longest = _window(context, state, change)
+    window = min(longest, count) if released else min(longest, count, since_jump)
 
-    oldest_recent = count - context.temporal_frames
-    starts = range(context.anchor_frames, oldest_recent, chunk)
-    scores = _score(history, current, starts, config)
+    scene = Scene(history, current, context, window, state, depth)
+    choice = SELECTORS[context.policy].choose(scene) if context.enabled else _everything(scene)
+    reuse = _reuse(choice, config, state)
+    memory = state.memory if choice.memory is None else choice.memory
+    reason = choice.reason + ("; the camera jumped, nothing is kept for being new" if teleported else "")
+    return ChunkPlan(choice.indices, reuse, choice.score, choice.scores, reason, count, window, choice.coverage, choice.revisit,
+                     choice.slots, teleported, PolicyState(memory, reuse if choice.scores else state.reuse, state.dynamics))
+
+
+def dynamics_unit(config: Config) -> int:
+    """Latents of a unit of eq. 1 to 3."""
+    return config.context.chunk_frames if config.context.dynamics_unit == "chunk" else 1
+
+
+def _window(context, state: PolicyState, change: float | None) -> tuple[PolicyState, int]:
+    """State with the newest change smoothed in, and the temporal window in latents."""
+    if context.window == "fixed":
+        return state, context.temporal_frames
+    if change is not None:
+        state = PolicyState(state.memory, state.reuse, smoothed(state.dynamics, change, context.alpha))
+    unit = context.chunk_frames if context.dynamics_unit == "chunk" else 1
+    if state.dynamics is None or context.temporal_frames < unit:
+        return state, context.temporal_frames
+    return state, unit * window_length(state.dynamics, context.kappa, context.temporal_frames // unit)
+
+
+def _everything(scene: Scene) -> Choice:
+    """All of the history, and the score for the cache: of the candidates that upstream's window leaves."""
+    context, everything = scene.context, tuple(range(scene.count))
+    if scene.count < context.memory_frames:
+        return Choice(everything, f"all kept: {scene.count} latents so far, pruning starts at {context.memory_frames}")
+    scores = scene.chunk_scores(range(context.anchor_frames, scene.count - context.temporal_frames, context.chunk_frames))
     best = max(scores.values(), default=0.0)
-    reuse = config.cache.enabled and bool(scores) and best >= config.cache.threshold
-
-    if not context.enabled:
-        return ChunkPlan(everything, reuse, best, scores, "all kept: context pruning is off", count)
-
-    kept = {*range(context.anchor_frames), *range(oldest_recent, count)}
-    if not scores:
-        reason = "anchor and recent latents fill the history: no candidates"
-    elif best < context.threshold:
-        reason = f"retrieved chunks dropped: best view overlap {best:.3f} is below {context.threshold:g}"
-    else:
-        for start in sorted(scores, key=scores.__getitem__, reverse=True):  # stable: the older of two equals goes first
-            if len(kept) >= context.memory_frames:
-                break
-            kept.update(range(start, start + chunk))
-        reason = f"retrieved by view overlap, best {best:.3f} (threshold {context.threshold:g})"
-    return ChunkPlan(tuple(sorted(kept)), reuse, best, scores, reason, count)
+    revisit = is_revisit(scene, best) if scores and context.policy not in RELEASED else None
+    return Choice(everything, "all kept: context pruning is off", None, best, scores, revisit=revisit)
 
 
-def _score(history: torch.Tensor, current: torch.Tensor, starts: Sequence[int], config: Config) -> dict[int, float]:
-    if not starts:
-        return {}
-    first = torch.tensor(list(starts))
-    looked_at = torch.cat((first, first + config.context.chunk_frames // 2))
-    overlap = view_overlap(current, history[looked_at], fov=config.context.fov, radius=config.context.radius)
-    per_chunk = overlap.double().view(current.shape[0], 2, -1).mean((0, 1))
-    return dict(zip(starts, per_chunk.tolist(), strict=True))
-
-
-def check_poses(w2c: Any, name: str, *, multiple: int = 1, first: int = 0) -> torch.Tensor:
-    """Poses as float64 ``[N, 4, 4]`` on the CPU, known to be finite and rigid.
-
-    Args:
-        w2c: world-to-camera matrices; a tensor or anything that ``torch.as_tensor`` takes.
-        name: what to call them in an error. first: number of the first frame, for errors.
-        multiple: N must be a multiple of this.
-
-    Raises:
-        PoseError: what is wrong, in which frame, and what to do.
-    """
-    try:
-        given = torch.as_tensor(w2c)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise PoseError(f"{name} poses are {type(w2c).__name__}, not an array of [frames, 4, 4]: {error}") from None
-    if given.ndim != 3 or tuple(given.shape[1:]) != (4, 4):
-        raise PoseError(
-            f"{name} poses have the shape {list(given.shape)}; give [frames, 4, 4] world-to-camera matrices "
-            "(one sample at a time: drop the batch dimension)"
-        )
-    if given.shape[0] % multiple:
-        raise PoseError(
-            f"{given.shape[0]} {name} poses are no whole number of chunks of {multiple} latents; give a pose a latent "
-            "(not one a video frame), whole chunks only, or set context.chunk_frames"
-        )
-    poses = given.detach().to("cpu", torch.float64)
-    bad = (~poses.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
-    if bad:
-        raise PoseError(f"{name} pose of frame {first + bad[0]} has values that are not finite; check what made it")
-    # Half-precision poses are off by rounding alone: up to 2**-8 an entry in bfloat16.
-    tolerance = 3e-2 if given.dtype in (torch.bfloat16, torch.float16) else 1e-3
-    rotation = poses[:, :3, :3]
-    skew = (rotation @ rotation.mT - torch.eye(3, dtype=torch.float64)).abs().amax((1, 2))
-    last_row = (poses[:, 3] - torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=torch.float64)).abs().amax(1)
-    wrong = (skew > tolerance) | (last_row > tolerance) | (torch.linalg.det(rotation) < 0)
-    bad = wrong.nonzero().flatten().tolist()
-    if bad:
-        frame = bad[0]
-        if last_row[frame] > tolerance:
-            what = "its last row is not (0, 0, 0, 1)"
-        elif skew[frame] > tolerance:
-            what = f"its rotation is off orthonormal by {float(skew[frame]):.2g}"
-        else:
-            what = "it mirrors"
-        raise PoseError(
-            f"{name} pose of frame {first + frame} is no rigid motion: {what}; give [R | t; 0 1] without scale "
-            "(intrinsics are not part of it)"
-        )
-    return poses
+def _reuse(choice: Choice, config: Config, state: PolicyState) -> bool:
+    if not (config.cache.enabled and choice.scores) or choice.revisit is False:
+        return False
+    slack = 0.0 if config.context.policy in RELEASED else config.context.hysteresis
+    return held(choice.score, config.cache.threshold, state.reuse, slack)

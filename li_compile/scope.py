@@ -24,6 +24,7 @@ class ChunkScope:
         self.session, self.plan, self.steps = session, plan, steps
         self.traces: list[StepTrace] = []
         self.reasons: list[str] = []
+        self.planned = False  # some call was pruned by a plan, be it that everything was kept
 
     def enter(self, trace: StepTrace) -> None:
         """A model is called; the first time in this chunk, its steps begin."""
@@ -53,7 +54,7 @@ class ChunkScope:
         self.session.kept.keep_steps(self.traces)
         for one in self.traces:
             one.end()
-        if (self.traces or self.reasons) and self.session.chunks == self._recorded:
+        if (self.traces or self.reasons or self.planned) and self.session.chunks == self._recorded:
             self._record(time.perf_counter() - self._start)
 
     def _record(self, seconds: float) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextvars
 import dataclasses
+import pathlib
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from li_compile import saving
 from li_compile.config import Config
-from li_compile.errors import LightInteractionError, PoseError
+from li_compile.errors import LightInteractionError
 from li_compile.memory import Kept
-from li_compile.policy import ChunkPlan, check_poses, plan_context
+from li_compile.planning import Planner
+from li_compile.policy import ChunkPlan
 
 if TYPE_CHECKING:
     from li_compile.scope import ChunkScope
@@ -56,8 +59,8 @@ class Session:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the poses and the records, as for a new video."""
-        self._poses = torch.empty(0, 4, 4, dtype=torch.float64)
+        """Forget the poses, what was observed and the records, as for a new video."""
+        self.planner = Planner(self.config)
         self._records: list[_Record] = []
         self.scope: ChunkScope | None = None  # the chunk that is open
         self.kept = Kept()  # what compiled models left for the next chunk
@@ -65,7 +68,7 @@ class Session:
     @property
     def poses(self) -> torch.Tensor:
         """``[N, 4, 4]`` float64 world-to-camera matrices seen so far, on the CPU."""
-        return self._poses
+        return self.planner.poses
 
     @property
     def chunks(self) -> int:
@@ -75,31 +78,41 @@ class Session:
     def extend(self, w2c: Any) -> None:
         """Append poses, one a latent: ``[n, 4, 4]`` world-to-camera matrices, or one ``[4, 4]``; any dtype and device.
 
+        A camera that is suddenly elsewhere (``context.teleport``) starts anew: what comes after remembers no gate of
+        before, and keeps nothing from before for being new; what is old may still be retrieved.
+
         Raises:
             PoseError: not that shape, not finite or not rigid; nothing is appended then.
         """
-        if getattr(w2c, "ndim", None) == 2:
-            w2c = w2c[None]
-        added = check_poses(w2c, "added", first=len(self._poses))
-        self._poses = torch.cat((self._poses, added))
+        self.planner.extend(w2c)
+
+    def observe(self, latents: torch.Tensor | None = None, *, dim: int = 2, depth: torch.Tensor | None = None,
+                end: int | None = None) -> None:
+        """Show what was generated, for plans that look at it (``context.window = "dynamics"``, rule "frustum").
+
+        latents: finished latents with frames along ``dim``, such as ``[B, C, N, H, W]``; of two units the newest frames
+        are read, which waits for them: call it between chunks. depth: ``[n, h, w]`` depth maps of the newest n latents,
+        in pose units. end: number of latents finished with this one; None: all that have poses.
+
+        Raises:
+            PoseError: latents that are not finite.
+        """
+        self.planner.observe(latents, dim, depth, len(self.poses) if end is None else end)
 
     def plan(self, start: int, size: int | None = None) -> ChunkPlan:
         """Plan the chunk of latents ``start ... start + size - 1``; the latents before it are its history.
 
-        Changes nothing, so it can be asked twice. ``size``: ``context.chunk_frames`` if None.
+        Changes nothing, so it can be asked twice, and ahead. ``size``: ``context.chunk_frames`` if None.
 
         Raises:
             PoseError: poses of the chunk are not known yet, or ``start`` or ``size`` fits no whole chunk.
         """
+        return self.planner.plan(start, self.config.context.chunk_frames if size is None else size)
+
+    def plan_ahead(self, size: int | None = None) -> list[ChunkPlan]:
+        """Plans of all whole chunks whose poses are known, in order: of a whole trajectory, if it is known."""
         size = self.config.context.chunk_frames if size is None else size
-        if start < 0 or size < 1:
-            raise PoseError(f"no such chunk: start {start}, size {size}; start counts latents from 0")
-        if start + size > len(self._poses):
-            raise PoseError(
-                f"latents {start} to {start + size - 1} need poses, {len(self._poses)} are known; "
-                "call extend() with the chunk's poses before plan()"
-            )
-        return plan_context(self._poses[:start], self._poses[start : start + size], self.config)
+        return [self.planner.plan(start, size) for start in range(0, len(self.poses) - size + 1, size)]
 
     def chunk(self, start: int, size: int | None = None, *, steps: int | None = None) -> ChunkScope:
         """Plan a chunk, as ``plan`` does, and mark its steps, for sampling loops that run in Python::
@@ -108,8 +121,10 @@ class Session:
                 for t in timesteps:
                     x = scheduler.step(model(x, t, ...), t, x)
 
-        Steps of compiled models that are called inside are skipped under ``plan.reuse``, once a chunk that was computed
-        in full has shown which inputs vary; the chunk is recorded at the end. steps: their number, where it changes
+        The plan is in force for compiled models that are called inside: graphs that see no camera poses (a denoising step
+        with cached keys and values, memory slots without cameras) are pruned by it. Their steps are skipped under
+        ``plan.reuse``, once a chunk that was computed in full has shown which inputs vary. A chunk in which any of this was
+        done or looked for is recorded at its end. steps: their number, where it changes
         from chunk to chunk. An exception inside leaves nothing behind that a later chunk could reuse.
 
         Raises:
@@ -153,6 +168,10 @@ class Session:
                     **{k: v.item() if isinstance(v, torch.Tensor) else v for k, v in r.info.items()},
                     "context_kept": len(r.plan.indices),
                     "context_possible": r.plan.history,
+                    "window": r.plan.window,
+                    "coverage": r.plan.coverage,
+                    "revisit": r.plan.revisit,
+                    "teleported": r.plan.teleported,
                     "reuse": r.plan.reuse,
                     "score": r.plan.score,
                     "reason": r.plan.reason,
@@ -162,6 +181,40 @@ class Session:
                 for r in records
             ],
         }
+
+    def plot(self, path: str | pathlib.Path) -> None:
+        """Draw which latents each recorded chunk kept, over time, into an image file (its suffix says which kind).
+
+        Raises:
+            LightInteractionError: nothing was recorded, or matplotlib is missing (``pip install 'li_compile[plot]'``).
+        """
+        from li_compile.plotting import plot_context
+
+        plot_context([r.plan for r in self._records], path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The session as tensors and plain data, for :meth:`load_state_dict`; latents and caches are not part of it."""
+        records = [saving.record_data(r.plan, r.steps, r.calls, r.info) for r in self._records]
+        return {"version": saving.VERSION, "options": self.config.digest(), "planner": self.planner.state_dict(), "records": records}
+
+    def load_state_dict(self, given: dict[str, Any]) -> None:
+        """Go on where another session of the same options stood.
+
+        Raises:
+            LightInteractionError: it was saved under other options, by another version, or is no session's state.
+        """
+        saving.check(given, self.config)
+        self.reset()
+        self.planner.load_state_dict(given["planner"])
+        self._records = [_Record(*saving.record(r)) for r in given["records"]]
+
+    def save(self, path: str | pathlib.Path) -> None:
+        """Write :meth:`state_dict` to a file."""
+        torch.save(self.state_dict(), path)
+
+    def load(self, path: str | pathlib.Path) -> None:
+        """Read what :meth:`save` wrote. Raises LightInteractionError as :meth:`load_state_dict`."""
+        self.load_state_dict(saving.read(path))
 
     @classmethod
     def current(cls) -> Session | None:
@@ -180,4 +233,4 @@ class Session:
         _active.set(active[:-1])
 
     def __repr__(self) -> str:
-        return f"Session(preset={self.config.preset!r}, family={self.family!r}, poses={len(self._poses)})"
+        return f"Session(preset={self.config.preset!r}, family={self.family!r}, poses={len(self.poses)})"

@@ -5,8 +5,15 @@ Before (N is a dynamic size)::                 After::
     prefill(context_latents [.., N, ..])           the same graph with N = kept, a constant
     k = cat([text_k, context_k, k])                the frames are selected at the entrance, once a chunk
 
+Memory that goes through the model with the new frames is pruned in the same way::
+
+    x = cat([x_memory, x], 2)                      fewer frames in x_memory, fewer tokens of time and masks, and of what
+                                                   holds both, such as camera rays, fewer of the first entries
+
 Paper section 3.1; selection itself is the policy's. Everything behind the entrance is computed for kept frames only:
-embedding, prefill, the concatenated keys and values, attention.
+embedding, prefill, the concatenated keys and values, attention. Temporal RoPE indices that follow from the context's
+length are compacted by this; those that are an input are selected with the frames, or counted back from the newest
+where the family compacts them.
 """
 
 from __future__ import annotations
@@ -23,7 +30,7 @@ def prune_context(module: GraphModule, context: ContextConcat, kept: int) -> Rec
     """Make the context length the constant ``kept``, in place; inputs keep their positions."""
     for node in placeholders(module.graph):
         if node.name in context.sizes:
-            node.replace_all_uses_with(kept)
+            node.replace_all_uses_with(context.sizes[node.name].size(kept))
     for region, sub in subgraphs(module).items():
         _fold_sizes(region_calls(module, region), sub)
     return Record("prune_context", context.sites,

@@ -15,7 +15,7 @@ import dataclasses
 
 from torch.fx import GraphModule, Node
 
-from .graph import (CONV, LINEAR, REGION, SDPA, Miss, ancestors, argument, calls, cat_operands, known, placeholders,
+from .graph import (CONV, LINEAR, REGION, SDPA, Miss, ancestors, argument, calls, cat_operands, hint, known, placeholders,
                     region_calls, region_operand, shape, source_line, subgraphs, through_shapes)
 
 TEXT, CONTEXT, CURRENT = 0, 1, 2
@@ -100,6 +100,12 @@ def _layer(module: GraphModule, region: str, call: Node, weight: Node) -> str:
     return weight.name
 
 
+def _equal(a, b) -> bool:
+    """Whether two lengths are one: Dynamo gives the keys and the values of a cache a symbol each, and nothing in between
+    says that they are equal, though attention could not take anything else."""
+    return known(a == b) or (not isinstance(a, int) and not isinstance(b, int) and hint(a) is not None and hint(a) == hint(b))
+
+
 def read_site(module: GraphModule, region: str, node: Node, grids: list[tuple[int, int]]) -> AttentionSite | Miss:
     """Read one attention node; a Miss says why it is no site of a video model."""
     refuse = lambda reason: Miss("attention", node.name, reason, source_line(node))
@@ -114,7 +120,7 @@ def read_site(module: GraphModule, region: str, node: Node, grids: list[tuple[in
     if argument(node, 7, "enable_gqa", default=False) or not known(q_shape[1] == k_shape[1]):
         return refuse("queries and keys have different numbers of heads")
     keys, values = flatten_cat(key, 2), flatten_cat(val, 2)
-    if len(keys) != len(values) or not all(known(shape(k)[2] == shape(v)[2]) for k, v in zip(keys, values)):
+    if len(keys) != len(values) or not all(_equal(shape(k)[2], shape(v)[2]) for k, v in zip(keys, values)):
         return refuse("keys and values are not concatenated from segments of equal lengths")
     mine, linears = projection_inputs(query)
     if not linears:
@@ -133,6 +139,10 @@ def read_site(module: GraphModule, region: str, node: Node, grids: list[tuple[in
                       "give sparse.grid=(rows, columns)")
     per_frame = grid[0] * grid[1]
     roles = [CURRENT if f else CONTEXT if known(shape(k)[2] % per_frame == 0) else TEXT for k, f in zip(keys, fresh)]
+    # Cached keys of a dynamic number of frames: nothing in the graph says that they are whole frames, but for their size.
+    before = shape(keys[-2])[2] if len(keys) > 1 and CONTEXT not in roles else None
+    if before is not None and not isinstance(before, int) and hint(before) and hint(before) % per_frame == 0:
+        roles[-2] = CONTEXT
     if roles.count(CONTEXT) > 1 and TEXT not in roles:
         return refuse(f"text and context cannot be told apart: {roles.count(CONTEXT)} segments before the current one "
                       f"hold whole frames of {per_frame} tokens")

@@ -11,14 +11,22 @@ class Family:
     """What a family fixes.
 
     name: as in ``Config(family=...)``. description: one line for ``li-compile families``. roles: role -> argument name
-    as it stands in the traced function, for ``history_w2c`` and ``current_w2c`` (camera poses). grid: rows and columns
-    of tokens in a latent frame, or None to read it from the patch embedding.
+    as it stands in the traced function, for ``history_w2c`` and ``current_w2c`` (camera poses) and ``positions``
+    (temporal RoPE indices of the context). grid: rows and columns of tokens in a latent frame, or None to read it from
+    the patch embedding. positions: of context frames that are kept, "keep" their temporal indices, "compact" them to the
+    ones just before the current frames, or None: an input with indices is kept, what follows from the context's length
+    is compacted.
     """
 
     name: str
     description: str = ""
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
     grid: tuple[int, int] | None = None
+    positions: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.positions not in (None, "keep", "compact"):
+            raise ValueError(f"positions of family {self.name!r} is {self.positions!r}; it must be 'keep', 'compact' or None")
 
 
 _FAMILIES: dict[str, Family] = {}

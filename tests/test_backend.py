@@ -290,6 +290,53 @@ def test_a_new_context_length_compiles_a_variant_and_no_graph(sampler):
     assert [v.kept for v in graph.variants] == [8, 12]
 
 
+def test_the_default_policy_needs_two_variants(sampler):
+    """Whatever the history and the view, the context has one of two lengths."""
+    fn = compiled(sampler, **{k: v for k, v in TINY.items() if k != "context.policy"} | {"preset": "context"})
+    with torch.no_grad(), Session() as session:
+        fn(*dynamic(world_inputs(sampler.model, 20)))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for history in (8, 12, 16, 20):
+                for revisit in (False, True):
+                    inputs = world_inputs(sampler.model, history, revisit=revisit)
+                    result = fn(*inputs)
+                    plan = plan_context(inputs[9][0], inputs[3][0], Config.from_options(TINY | {"context.policy": "coverage"}))
+                    assert relative(result, sampler(*keep(inputs, plan.indices))) <= 1e-5
+    (graph,) = last_report().graphs
+    kept = [v.kept for v in graph.variants]
+    assert len(kept) == len(set(kept)) and set(kept) <= {4, 8}
+    assert {chunk["context_kept"] for chunk in session.stats()["per_chunk"]} == set(kept)
+
+
+def test_the_window_follows_the_latents_of_the_graph(sampler, traced):
+    """Equation 1 is taken from the context's newest latents, once a call; a session smooths it from call to call."""
+    fn = traced.compile(**{"preset": "context", "context.policy": "authors", "context.window": "dynamics", "context.memory_frames": 20,
+                           "context.temporal_frames": 12, "context.kappa": 1.0, "context.alpha": 1.0, "context.threshold": 1.0})
+    still, moving = world_inputs(sampler.model, 20), world_inputs(sampler.model, 20)
+    still[7][:, :, 16:] = still[7][:, :, 12:16]
+    moving[7][:, :, 16:] = moving[7][:, :, 12:16] + 100.0
+    with Session() as session:
+        for inputs in (still, moving):
+            fn(*inputs)
+    rows = session.stats()["per_chunk"]
+    assert [row["window"] for row in rows] == [12, 4] and [row["context_kept"] for row in rows] == [16, 8]
+
+
+def test_other_dynamic_sizes_have_variants_of_their_own(sampler):
+    """A prompt of another length comes with the same context: not the variant that was compiled for the first."""
+    fn = compiled(sampler, **TINY | {"preset": "context"})
+    with torch.no_grad():
+        for text in (8, 6, 5, 7):
+            inputs = dynamic(world_inputs(sampler.model, 20))
+            for i in (5, 6):
+                inputs[i] = inputs[i][:, :, :, :text].clone()
+                torch._dynamo.mark_dynamic(inputs[i], 3)
+            plan = plan_context(inputs[9][0], inputs[3][0], Config.from_options(TINY))
+            assert relative(fn(*inputs), sampler(*keep(inputs, plan.indices))) <= 1e-5
+    (graph,) = last_report().graphs
+    assert [v.kept for v in graph.variants] == [8] * 4
+
+
 @pytest.fixture
 def digest():
     """The cache key, computed anew each time."""
@@ -301,15 +348,20 @@ CHANGED = {"strict": True, "lowering": "eager", "inductor": {"max_autotune": Tru
            "sparse.prefill_ratio": 0.2, "sparse.tile": (2, 8, 4), "sparse.block_size": 32, "sparse.sub_blocks": 2,
            "sparse.min_context": 4, "sparse.summary": True, "sparse.head_ratios": (0.5, 0.25),
            "sparse.skip_layers": 2, "sparse.grid": (12, 16), "context.enabled": False, "context.memory_frames": 16,
-           "context.temporal_frames": 8, "context.anchor_frames": 0, "context.chunk_frames": 2, "context.threshold": 0.5,
-           "context.fov": (90, 70), "context.radius": 4.0, "cache.enabled": False, "cache.threshold": 0.5,
+           "context.temporal_frames": 4, "context.anchor_frames": 0, "context.chunk_frames": 2, "context.threshold": 0.5,
+           "context.fov": (90, 70), "context.radius": 4.0, "context.policy": "chunks", "context.hysteresis": 0.1,
+           "context.min_gain": 0.1, "context.rule": "grid", "context.near": 0.2, "context.window": "dynamics", "context.alpha": 0.3,
+           "context.kappa": 0.1, "context.dynamics_unit": "chunk", "context.teleport": 1.0, "context.slot_references": (1, 2),
+           "context.slot_sink": 0, "context.intrinsics": (0.5, 0.9, 0.5, 0.5), "cache.enabled": False, "cache.threshold": 0.5,
            "cache.min_steps": 4, "cache.predictor": "linear", "cache.skip": (1,), "cache.gate": "always", "cache.guard": None,
            "cache.guard_chunks": 3}
 
 
 def test_every_option_is_in_the_cache_key(digest):
     assert set(CHANGED) == set(Config().to_options()) - {"preset"}  # what a preset means is in the others
-    keys = [digest(), *(digest({name: given}) for name, given in CHANGED.items())]
+    frustum = {"context.rule": "frustum"}  # intrinsics mean nothing without it
+    keys = [digest(), digest(frustum)]
+    keys += [digest({name: given} | (frustum if name == "context.intrinsics" else {})) for name, given in CHANGED.items()]
     assert len(set(keys)) == len(keys) and digest() == keys[0]
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from tracing import Traced, relative
 
 from li_compile.config import Config
+from li_compile.dispatch import Variant
 from li_compile.passes.predictors import PREDICTORS, Skipping
 from li_compile.passes.share_steps import STEP
 from li_compile.patterns.graph import region_calls
@@ -41,7 +42,7 @@ def two_steps(velocity, levels):
 
 def reusing(compiled):
     """The graph of the variant that reuses steps, with its regions."""
-    return compiled.run.compiled[None, True].run
+    return compiled.run.compiled[Variant(None, True)].run
 
 
 CASES = [(sampler, guidance, steps, list(FORMS)[(i + j + k) % 3]) for i, sampler in enumerate(SAMPLERS)

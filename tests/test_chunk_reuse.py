@@ -54,7 +54,8 @@ def test_the_authors_calls_of_hy_worldplay(tiny_world, monkeypatch):
 
     sampler, calls, real = ChunkSampler(tiny_world(depth=1)), [], regions.CompiledRegion.forward
     monkeypatch.setattr(regions.CompiledRegion, "forward", lambda self, *args: calls.append(self.name) or real(self, *args))
-    options = {"preset": "all", "lowering": "eager", "strict": True, "sparse.enabled": False, "cache.guard": None}
+    options = {"preset": "all", "lowering": "eager", "strict": True, "sparse.enabled": False, "cache.guard": None,
+               "context.policy": "authors"}
     compiled = torch.compile(sampler, backend="light_interaction", options=options)
     for poses, total in ((left_right(), 48), (forward_back(), 38)):
         calls.clear()
@@ -72,7 +73,7 @@ def test_the_authors_calls_of_hy_worldplay(tiny_world, monkeypatch):
 
 
 #: What HY-WorldPlay retrieves before anything is accelerated: 20 latents, 12 of them the newest.
-UPSTREAM = Config.from_options({"preset": "context", "context.memory_frames": 20, "context.temporal_frames": 12,
+UPSTREAM = Config.from_options({"preset": "context", "context.policy": "authors", "context.memory_frames": 20, "context.temporal_frames": 12,
                                 "context.threshold": 0.0})
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from li_compile.config import PRESETS, CacheConfig, Config, ContextConfig, ExactConfig, SparseConfig
+from li_compile.config import POLICIES, PRESETS, CacheConfig, Config, ContextConfig, ExactConfig, SparseConfig
 from li_compile.errors import ConfigError, LightInteractionError
 
 
@@ -36,7 +36,9 @@ def test_defaults():
     assert config == Config.from_options(None) == Config.from_options({})
     assert config.preset == "all" and config.lowering == "inductor" and not config.strict and config.family is None
     assert config.sparse == SparseConfig(True, 0.175, 0.30, (4, 4, 4), 64, 4, 8, 1, None)
-    assert config.context == ContextConfig(True, 12, 4, 4, 4, 0.7, (60.0, 35.0), 8.0)
+    context = ContextConfig(policy="coverage", memory_frames=8, temporal_frames=1, anchor_frames=4, chunk_frames=4, threshold=0.7,
+                            rule="sphere", fov=(60.0, 35.0), radius=8.0, window="fixed")
+    assert config.context == context and config.context.enabled
     assert config.cache == CacheConfig(True, 0.7, 3)
     assert config.exact == ExactConfig(True)
 
@@ -46,8 +48,16 @@ def test_without_pruning_the_window_is_upstreams(preset):
     """The authors' presets off, sparse and cache leave (M, L) at 20 and 12; the cached-step gate depends on it."""
     config = Config(preset=preset)
     assert (config.context.memory_frames, config.context.temporal_frames) == (20, 12)
-    switched_on = Config.from_options({"preset": preset, "context.enabled": True})
-    assert (switched_on.context.memory_frames, switched_on.context.temporal_frames) == (12, 4)
+    for policy, frames in POLICIES.items():
+        switched_on = Config.from_options({"preset": preset, "context.enabled": True, "context.policy": policy})
+        assert {key: getattr(switched_on.context, key) for key in frames} == frames
+
+
+def test_the_authors_window():
+    config = Config.from_options({"context.policy": "authors"}).context
+    assert (config.memory_frames, config.temporal_frames, config.anchor_frames, config.threshold) == (12, 4, 4, 0.7)
+    slots = Config.from_options({"context.policy": "slots"}).context
+    assert (slots.threshold, slots.rule, slots.radius, slots.slot_references, slots.slot_sink) == (0.45, "grid", 30.0, (1, 9, 17, 25, 33), 4)
 
 
 def test_parts_on_top_of_a_preset():
@@ -95,8 +105,16 @@ def test_spellings_are_equal():
         ({"sparse.skip_layers": -1}, ["'sparse.skip_layers' is -1", "from 0"]),
         ({"sparse.grid": (30,)}, ["'sparse.grid' is (30,)", "None or"]),
         ({"context.memory_frames": 10}, ["'context.memory_frames' is 10", "multiple", "4"]),
-        ({"context.memory_frames": 4}, ["'context.memory_frames' is 4", "at least 8"]),
+        ({"context.policy": "authors", "context.memory_frames": 4}, ["'context.memory_frames' is 4", "at least 8"]),
+        ({"context.anchor_frames": 8}, ["'context.memory_frames' is 8", "at least 9"]),
+        ({"context.policy": "authors", "context.anchor_frames": 2}, ["'context.anchor_frames' is 2", "multiple"]),
         ({"context.chunk_frames": 3}, ["multiple of context.chunk_frames = 3"]),
+        ({"context.policy": "best"}, ["'context.policy' is 'best'", "'coverage', 'chunks', 'authors' or 'slots'"]),
+        ({"context.rule": "cone"}, ["'context.rule' is 'cone'", "'frustum'"]),
+        ({"context.intrinsics": (0.5, 0.9, 0.5, 0.5)}, ["'context.intrinsics'", "context.rule is 'frustum'"]),
+        ({"context.rule": "frustum", "context.near": 9}, ["'context.near' is 9", "below context.radius"]),
+        ({"context.kappa": 0}, ["'context.kappa' is 0"]),
+        ({"context.slot_references": ()}, ["'context.slot_references' is ()", "a tuple, each a whole number from 1"]),
         ({"context.threshold": 1.5}, ["'context.threshold' is 1.5", "[0, 1]"]),
         ({"context.fov": (60, 200)}, ["'context.fov' is (60, 200)"]),
         ({"context.radius": 0}, ["'context.radius' is 0"]),

@@ -205,9 +205,9 @@ def test_marker_and_memory():
 
 
 def test_a_small_run(tmp_path, world):
-    """Four chunks, so that the context is pruned, sparse and reused; untrained, so the quality means nothing."""
+    """Five chunks, so that the context is pruned, sparse and reused; untrained, so the quality means nothing."""
     console = Console(width=120, record=True, file=io.StringIO())
-    settings = demo.Settings(out=tmp_path / "new" / "out", chunks=4, lowering="eager")
+    settings = demo.Settings(out=tmp_path / "new" / "out", chunks=5, lowering="eager")
     report = demo.run(settings, console, world)
 
     assert {p.name for p in settings.out.iterdir()} == {"report.json", "contact_sheet.png", "side_by_side.mp4"}
@@ -215,23 +215,23 @@ def test_a_small_run(tmp_path, world):
     assert all(path.stat().st_size > 1000 for path in settings.out.iterdir())
     for mode in ("free-running", "teacher-forced"):
         times = report["time"][mode]
-        assert set(times) == {"dense", "accelerated", "ratio", "per_chunk"} and len(times["per_chunk"]) == 4
+        assert set(times) == {"dense", "accelerated", "ratio", "per_chunk"} and len(times["per_chunk"]) == 5
         for side in ("dense", "accelerated"):
             each = [c[side] for c in times["per_chunk"]]
             assert each[0]["prefill"] == 0 and all(0 < c["prefill"] < c["total"] for c in each[1:])
             assert times[side]["total"] == pytest.approx(sum(c["total"] for c in each))
             # Teacher-forced, what was compiled for the free-running pass is used again.
             assert (times[side]["compiling"] > 0) == (mode == "free-running")
-        for frames in ("frames 1 to 15", "frames 8 to 15"):
+        for frames in ("frames 1 to 19", "frames 8 to 19"):
             assert set(report["quality"][mode][frames]) == {"psnr", "ssim"}
             assert len(report["quality"][mode][frames]["psnr"]) == 3
-    assert report["skipped"]["denoising calls"] == {"skipped": 2, "possible": 16, "share": 2 / 16}
-    assert report["skipped"]["context latents"]["possible"] == 0 + 4 + 8 + 12
+    assert report["skipped"]["denoising calls"] == {"skipped": 2, "possible": 20, "share": 2 / 20}
+    assert report["skipped"]["context latents"]["possible"] == 0 + 4 + 8 + 12 + 16
     assert 0 < report["skipped"]["FLOP of products"]["share"] < 1
     assert report["peak_memory_bytes"]["dense"] > 0
     assert report["passes"]["cached_steps"] == 2
     text = console.export_text()
-    for words in ("free-running, prefill", "teacher-forced, total", "peak memory", "PSNR, frames 8 to 15", "denoising calls",
+    for words in ("free-running, prefill", "teacher-forced, total", "peak memory", "PSNR, frames 8 to 19", "denoising calls",
                   "What each pass did", "cached steps", "free-running, dense, chunk 0 (0 context frames): compiled in", "played teacher-forced"):
         assert words in text, words
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 from tracing import TINY, dynamic, relative, world_inputs
 
+from li_compile.backend import last_report
+
 pytestmark = pytest.mark.slow
 
 
@@ -53,3 +55,37 @@ def test_off_is_plain_inductor(results):
 def test_all_through_inductor_is_all_in_eager(results):
     assert relative(results["all"], results["all, eager lowering"]) <= 1e-5
     assert relative(results["all"], results["eager"]) > 1e-3  # it was pruned, thinned and reused
+
+
+def test_a_preallocated_cache_through_inductor(cache_of_our_own):
+    """Frames come in as a further input and the start stays symbolic: one variant serves all chunks, caches are written."""
+    from context_models import Rolling, rolling_inputs
+    from test_context_forms import rolled, seeded, session
+
+    model = seeded(Rolling)
+    fn = torch.compile(model, backend="light_interaction", fullgraph=True, options={"preset": "context", "context.policy": "authors"})
+    with torch.no_grad():
+        for history in (20, 24, 28):
+            x, keys, values = rolling_inputs(history, room=36)
+            mine = [[c.clone() for c in caches] for caches in (keys, values)]
+            with session(history, revisit=True) as s, s.chunk(history) as plan:
+                result = fn(x, *mine, history)
+            assert relative(result, rolled(model, x, keys, values, history, plan.indices)) <= 1e-5
+            model(x, keys, values, history)
+            assert relative(mine[0][0], keys[0]) <= 1e-5  # the first layer writes what it would have written unpruned
+    assert last_report().graphs[-1].variants[-1].kept == 12 and len(last_report().graphs[-1].variants) == 2
+
+
+def test_lists_of_frames_through_inductor(cache_of_our_own, tiny_world):
+    from test_context_forms import chosen_cache, session, step_inputs
+
+    model = tiny_world(depth=1)
+
+    def step(x, time, action, w2c, intrinsics, text_k, text_v, keys, values, start):
+        return model(x, time, action, w2c, intrinsics, text_k, text_v, (keys, values), start)[0]
+
+    fn = torch.compile(step, backend="light_interaction", fullgraph=True, dynamic=False,
+                       options={"preset": "context", "context.policy": "authors", "sparse.block_size": 16})
+    inputs = step_inputs(model, 20)
+    with torch.no_grad(), session(20, revisit=True) as s, s.chunk(20) as plan:
+        assert relative(fn(*inputs), step(*chosen_cache(inputs, plan.indices))) <= 1e-5

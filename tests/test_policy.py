@@ -1,4 +1,5 @@
-"""The context policy on HY-WorldPlay's two evaluation trajectories, against a plain statement of the algorithm."""
+"""The authors' policy on HY-WorldPlay's two evaluation trajectories, against a plain statement of the algorithm; and what
+all policies take for poses. The other policies: test_policies.py."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from li_compile.errors import PoseError
 from li_compile.kernels.view_overlap import view_overlap
 from li_compile.policy import check_poses, plan_context
 
+AUTHORS = {"context.policy": "authors"}
 LATENTS, CHUNK, STEPS = 64, 4, 4  # 253 frames, a chunk of 4 latents, the distilled model's 4 steps
 
 
@@ -42,7 +44,7 @@ def calls(plans):
 
 
 def test_left_right_all():
-    plans = rollout(left_right(), Config(preset="all"))
+    plans = rollout(left_right(), Config.from_options(AUTHORS))
     lengths = [len(plan.indices) for plan in plans]
     assert lengths == [0, 4, 8] + [8] * 5 + [12] * 8 and sum(lengths) == 148
     assert [plan.reuse for plan in plans] == [False] * 8 + [True] * 8 and calls(plans) == 48
@@ -57,7 +59,7 @@ def test_left_right_all():
 
 
 def test_forward_back_all():
-    plans = rollout(forward_back(), Config(preset="all"))
+    plans = rollout(forward_back(), Config.from_options(AUTHORS))
     lengths = [len(plan.indices) for plan in plans]
     assert lengths == [0, 4, 8] + [12] * 13 and sum(lengths) == 168
     assert [plan.reuse for plan in plans] == [False] * 3 + [True] * 13 and calls(plans) == 38
@@ -68,7 +70,7 @@ def test_forward_back_all():
 @pytest.mark.parametrize(("trajectory", "first", "total"), [(left_right, 9, 50), (forward_back, 8, 48)])
 def test_cache_alone(trajectory, first, total):
     """Pruning off: everything is kept, and upstream's window (20, 12) bounds the gate's candidates."""
-    plans = rollout(trajectory(), Config(preset="cache"))
+    plans = rollout(trajectory(), Config.from_options({"preset": "cache"} | AUTHORS))
     assert [len(plan.indices) for plan in plans] == list(range(0, LATENTS, CHUNK))
     assert [plan.reuse for plan in plans] == [False] * first + [True] * (16 - first) and calls(plans) == total
     assert not plans[4].scores and list(plans[5].scores) == [4]
@@ -77,14 +79,14 @@ def test_cache_alone(trajectory, first, total):
 @pytest.mark.parametrize("preset", ["context", "sparse", "exact", "off"])
 def test_reuse_needs_the_cache(preset):
     poses = forward_back()
-    plan = plan_context(poses[:40], poses[40:44], Config(preset=preset))
+    plan = plan_context(poses[:40], poses[40:44], Config.from_options({"preset": preset} | AUTHORS))
     assert plan.score > 0.9 and not plan.reuse
 
 
 @pytest.mark.parametrize("trajectory", [left_right, forward_back])
 def test_against_the_algorithm_spelled_out(trajectory):
     """A.1.3 of the released selector, pair by pair, without our batching."""
-    poses, config = trajectory(), Config()
+    poses, config = trajectory(), Config.from_options(AUTHORS)
     for t in (0, 8, 12, 32, 48):
         plan = plan_context(poses[:t], poses[t : t + CHUNK], config)
         if t < 12:
@@ -133,7 +135,7 @@ def wandering(seed):
 @pytest.mark.parametrize("poses", [left_right(), forward_back(), wandering(0)], ids=["lr", "fb", "any"])
 def test_upstreams_selection_is_enough(poses, preset):
     """Planned over upstream's 20 latents or over all so far: the same latents, the same gate."""
-    config = Config(preset=preset)
+    config = Config.from_options({"preset": preset} | AUTHORS)
     for t in range(12, LATENTS, 2 * CHUNK):
         over_all = plan_context(poses[:t], poses[t : t + 4], config)
         given = upstream_retrieval(poses, t)
@@ -146,14 +148,14 @@ def test_upstreams_selection_is_enough(poses, preset):
 
 def test_more_memory_takes_more_chunks_best_first():
     poses = left_right()
-    plan = plan_context(poses[:40], poses[40:44], Config.from_options({"context.memory_frames": 20}))
+    plan = plan_context(poses[:40], poses[40:44], Config.from_options(AUTHORS | {"context.memory_frames": 20}))
     assert len(plan.indices) == 20
     best = sorted(plan.scores, key=plan.scores.get, reverse=True)[:3]
     assert set(plan.indices) == {*range(4), *range(36, 40), *(i for j in best for i in range(j, j + 4))}
 
 
 def test_no_candidates():
-    config = Config.from_options({"context.temporal_frames": 8})
+    config = Config.from_options(AUTHORS | {"context.temporal_frames": 8})
     plan = plan_context(left_right()[:12], left_right()[12:16], config)
     assert plan.indices == tuple(range(12)) and not plan.scores and not plan.reuse and plan.score == 0.0
     assert "no candidates" in plan.reason
@@ -161,13 +163,14 @@ def test_no_candidates():
 
 def test_threshold_is_inclusive_and_chunks_may_be_short():
     still = _w2c().expand(LATENTS, 4, 4)
-    config = Config.from_options({"context.threshold": 1, "cache.threshold": 1, "context.chunk_frames": 1})
+    config = Config.from_options(AUTHORS | {"context.threshold": 1, "cache.threshold": 1, "context.chunk_frames": 1})
     plan = plan_context(still[:30], still[30:31], config)
     assert plan.score == 1.0 and plan.reuse and len(plan.indices) == 12
 
 
-def test_frame_of_reference_and_dtype_do_not_matter():
-    poses, config = left_right(), Config()
+@pytest.mark.parametrize("policy", ["authors", "chunks", "coverage"])
+def test_frame_of_reference_and_dtype_do_not_matter(policy):
+    poses, config = left_right(), Config.from_options({"context.policy": policy})
     elsewhere = poses @ _w2c(yaw=77, z=3)
     for t in (12, 36, 60):
         plan = plan_context(poses[:t], poses[t : t + 4], config)
@@ -182,6 +185,7 @@ def _broken(frame, change):
     return poses
 
 
+@pytest.mark.parametrize("policy", ["authors", "chunks", "coverage", "slots"])
 @pytest.mark.parametrize(
     ("history", "words"),
     [
@@ -195,9 +199,11 @@ def _broken(frame, change):
         ("poses", "history poses are str"),
     ],
 )
-def test_poses_that_do_not_fit(history, words):
+def test_poses_that_do_not_fit(history, words, policy):
+    if policy == "slots" and "whole chunks" in words:
+        return  # takes any number of video frames
     with pytest.raises(PoseError, match=words):
-        plan_context(history, left_right()[16:20], Config())
+        plan_context(history, left_right()[16:20], Config.from_options({"context.policy": policy}))
 
 
 def test_current_poses_that_do_not_fit():

@@ -15,6 +15,9 @@ from li_compile.policy import plan_context
 from li_compile.session import Session
 
 
+AUTHORS = {"context.policy": "authors"}
+
+
 def forward(count, first=0):
     """World-to-camera [count, 4, 4] of a camera that moves 0.08 units a latent along z."""
     poses = torch.eye(4, dtype=torch.float64).repeat(count, 1, 1)
@@ -23,7 +26,7 @@ def forward(count, first=0):
 
 
 def test_rollout_and_stats():
-    session = Session(Config(preset="all"), family="hy_worldplay")
+    session = Session(Config.from_options(AUTHORS), family="hy_worldplay")
     session.extend(forward(32))
     for start in range(0, 32, 4):
         plan = session.plan(start)
@@ -87,7 +90,7 @@ def test_reset():
 
 
 def test_few_steps_are_all_computed():
-    session = Session(Config.from_options({"cache.min_steps": 5}))
+    session = Session(Config.from_options(AUTHORS | {"cache.min_steps": 5}))
     session.extend(forward(16))
     plan = session.plan(12)
     assert plan.reuse

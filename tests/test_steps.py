@@ -25,15 +25,16 @@ class Counted:
 
         def backend(module, inputs):
             from li_compile.backend import light_interaction
+            from li_compile.dispatch import Variant
 
             run = light_interaction(module, inputs, options=self.options)
-            forward = run.compiled[None, False].run
+            forward = run.compiled[Variant(None, False)].run
 
             def counted(*args):
                 self.calls += 1
                 return forward(*args)
 
-            object.__setattr__(run.compiled[None, False], "run", counted)
+            object.__setattr__(run.compiled[Variant(None, False)], "run", counted)
             return run
 
         self.compiled = torch.compile(self.model, backend=backend, fullgraph=True, dynamic=False)

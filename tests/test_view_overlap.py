@@ -6,18 +6,20 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from li_compile.kernels.view_overlap import view_overlap
+from li_compile.kernels.view_overlap import RULES, view_overlap, view_visibility
 
 
 def pose(yaw=0.0, pitch=0.0, roll=0.0, at=(0.0, 0.0, 0.0)):
     """World-to-camera [4, 4] float64 of a camera at ``at``; angles in degrees, yaw turns x towards z's place."""
     y, p, r = (math.radians(a) for a in (yaw, pitch, roll))
-    turn_y = torch.tensor([[math.cos(y), 0, math.sin(y)], [0, 1, 0], [-math.sin(y), 0, math.cos(y)]])
-    turn_x = torch.tensor([[1, 0, 0], [0, math.cos(p), math.sin(p)], [0, -math.sin(p), math.cos(p)]])
-    turn_z = torch.tensor([[math.cos(r), -math.sin(r), 0], [math.sin(r), math.cos(r), 0], [0, 0, 1]])
+    turn_y = torch.tensor([[math.cos(y), 0, math.sin(y)], [0, 1, 0], [-math.sin(y), 0, math.cos(y)]], dtype=torch.float64)
+    turn_x = torch.tensor([[1, 0, 0], [0, math.cos(p), math.sin(p)], [0, -math.sin(p), math.cos(p)]], dtype=torch.float64)
+    turn_z = torch.tensor([[math.cos(r), -math.sin(r), 0], [math.sin(r), math.cos(r), 0], [0, 0, 1]], dtype=torch.float64)
     c2w = torch.eye(4, dtype=torch.float64)
-    c2w[:3, :3] = (turn_y @ turn_x @ turn_z).double()
+    c2w[:3, :3] = turn_y @ turn_x @ turn_z
     c2w[:3, 3] = torch.tensor(at)
     return torch.linalg.inv(c2w)
 
@@ -130,6 +132,171 @@ def test_looking_straight_up():
 
 def test_no_cameras():
     assert view_overlap(random_poses(3, 9), torch.empty(0, 4, 4, dtype=torch.float64)).shape == (3, 0)
+
+
+# All rules.
+
+VIEWS = {"sphere": {"fov": (90.0, 70.0), "radius": 6.0}, "frustum": {"fov": (90.0, 70.0), "radius": 6.0, "near": 0.3},
+         "grid": {"radius": 30.0}}
+angle, length = st.floats(-180, 180), st.floats(-2, 2)
+somewhere = st.builds(lambda y, p, r, a, b, c: pose(y, p / 3, r, (a, b, c)), angle, angle, angle, length, length, length)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=40, deadline=None)
+@given(a=somewhere, b=somewhere, motion=somewhere)
+def test_properties(rule, a, b, motion):
+    """A camera sees all of its own view; shares are shares; moving the world and both cameras changes nothing."""
+    view = {"rule": rule} | VIEWS[rule]
+    itself = view_overlap(a[None], a[None], **view).item()
+    assert itself == (pytest.approx(0.8) if rule == "grid" else 1.0)
+    there = view_overlap(a[None], b[None], **view)
+    assert 0 <= there.item() <= 1
+    moved = view_overlap((a @ motion)[None], (b @ motion)[None], **view)
+    assert abs(moved - there).item() <= 2e-3
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_mirrored_motion_gives_the_same(rule):
+    """Left and right, up and down are alike: the views are symmetric (to the quadrature's error)."""
+    here, view = pose()[None], {"rule": rule} | VIEWS[rule]
+    for one, other in (({"yaw": 25}, {"yaw": -25}), ({"pitch": 15}, {"pitch": -15}), ({"at": (0.5, 0.0, 0.0)}, {"at": (-0.5, 0.0, 0.0)})):
+        torch.testing.assert_close(view_overlap(here, pose(**one)[None], **view), view_overlap(here, pose(**other)[None], **view),
+                                   atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_turned_past_the_field_of_view_nothing_is_shared(rule):
+    behind = torch.stack([pose(yaw=a) for a in (91, 120, 180, -100)])
+    assert view_overlap(pose()[None], behind, rule=rule, **VIEWS[rule]).eq(0).all()
+
+
+def test_a_frustum_knows_roll_and_its_own_intrinsics():
+    here, rolled = pose()[None], pose(roll=90)[None]
+    wide = {"rule": "frustum", "fov": (90.0, 45.0), "radius": 6.0}
+    # Turned by a right angle, tan 22.5 / tan 45 of the image's width is left.
+    assert view_overlap(here, rolled, **wide).item() == pytest.approx(math.tan(math.radians(22.5)), abs=0.01)
+    square = torch.tensor([[0.5, 0, 0.5], [0, 0.5, 0.5], [0, 0, 1]])
+    assert view_overlap(here, rolled, rule="frustum", intrinsics=square).item() == 1
+    # The same field of view, written either way.
+    poses, others = random_poses(4, 21), random_poses(6, 22)
+    focal = [0.5 / math.tan(math.radians(a / 2)) for a in (90, 45)]
+    given_as = torch.tensor([[focal[0], 0, 0.5], [0, focal[1], 0.5], [0, 0, 1]], dtype=torch.float64)
+    torch.testing.assert_close(view_overlap(poses, others, **wide), view_overlap(poses, others, rule="frustum", intrinsics=given_as, radius=6.0))
+
+
+def test_intrinsics_of_each_camera_and_off_centre():
+    here = pose()[None]
+    k = lambda f, c: torch.tensor([[f, 0, c], [0, 0.5, 0.5], [0, 0, 1]])
+    twice = view_overlap(here, here, rule="frustum", intrinsics=k(0.5, 0.5), history_intrinsics=k(1.0, 0.5))
+    assert twice.item() == pytest.approx(0.5, abs=5e-3)  # twice the focal length sees half the width
+    shifted = view_overlap(here, here, rule="frustum", intrinsics=k(0.5, 0.5), history_intrinsics=k(0.5, 0.75))
+    assert shifted.item() == pytest.approx(0.75, abs=5e-3)
+    both = torch.stack([k(1.0, 0.5), k(0.5, 0.75)])
+    pair = view_overlap(here, here.expand(2, 4, 4), rule="frustum", intrinsics=k(0.5, 0.5), history_intrinsics=both)
+    torch.testing.assert_close(pair, torch.cat((twice, shifted), 1))
+
+
+def test_depth_says_what_there_is_to_see():
+    """A wall at depth 2: what counts is the wall alone, and a step to the side loses a strip of it."""
+    here, aside = pose()[None], pose(at=(1.0, 0.0, 0.0))[None]
+    wall = torch.full((1, 12, 16), 2.0)
+    view = {"rule": "frustum", "fov": (90.0, 90.0), "radius": 6.0}
+    assert view_overlap(here, here, depth=wall, **view).item() == 1
+    # The wall is 4 wide in the image; a step of 1 takes a fourth of it out of view.
+    assert view_overlap(here, aside, depth=wall, **view).item() == pytest.approx(0.75, abs=5e-3)
+    half = wall.clone()
+    half[:, :, :8] = 0.0  # nothing known of the left half: the right one alone counts, and it stays in view
+    assert view_overlap(here, aside, depth=half, **view).item() == pytest.approx(1.0, abs=5e-3)
+    seen, known = view_visibility(here, aside, depth=half, **view)
+    assert known.float().mean().item() == pytest.approx(0.5, abs=0.01) and not (seen & ~known[:, None]).any()
+    assert view_overlap(here, here, depth=torch.full_like(wall, torch.nan), **view).item() == 0  # nothing known at all
+
+
+def test_what_lies_behind_a_surface_was_not_seen():
+    view = {"rule": "frustum", "fov": (90.0, 90.0), "radius": 8.0, "near": 0.1, "samples": 4096}
+    here = pose()[None]
+    free, walled = view_overlap(here, here, **view), view_overlap(here, here, history_depth=torch.full((1, 9, 9), 2.0), **view)
+    # Depth is log-uniform between near and radius: the share in front of a wall at 2.
+    assert free.item() == 1 and walled.item() == pytest.approx(math.log(2 * 1.05 / 0.1) / math.log(80), abs=0.01)
+    left = torch.full((1, 9, 10), 0.05)
+    left[:, :, 5:] = 0.0  # hidden on the left, unknown on the right: unknown hides nothing
+    assert view_overlap(here, here, history_depth=left, **view).item() == pytest.approx(0.5, abs=0.01)
+    surface = torch.full((1, 9, 9), 2.0)  # a surface that both see hides itself from neither
+    assert view_overlap(here, here, depth=surface, history_depth=surface, **view).item() == 1
+
+
+def frustum_rule(queries, histories, fov, near, far, count):
+    """[Q, H] by drawing: uniform over the image, log-uniform in depth, by the definition of a pinhole camera."""
+    g = torch.Generator().manual_seed(0)
+    u = torch.rand(count, 3, generator=g, dtype=torch.float64)
+    half = [math.tan(math.radians(a / 2)) for a in fov]
+    z = near * (far / near) ** u[:, 2]
+    points = torch.stack([(2 * u[:, 0] - 1) * half[0] * z, (2 * u[:, 1] - 1) * half[1] * z, z, torch.ones_like(z)])
+    overlap = torch.empty(len(queries), len(histories))
+    for i, query in enumerate(queries):
+        for j, history in enumerate(histories):
+            x, y, z, _ = history @ torch.linalg.inv(query) @ points
+            overlap[i, j] = ((z > 0) & (z < far) & (x.abs() < half[0] * z) & (y.abs() < half[1] * z)).float().mean()
+    return overlap
+
+
+def test_a_frustum_converges_to_a_dense_reference():
+    query, history = random_poses(3, 23, turn=15, move=0.6), random_poses(8, 24, turn=15, move=0.6)
+    want = frustum_rule(query, history, (90, 70), 0.2, 6.0, 400_000)
+    error = [(view_overlap(query, history, rule="frustum", fov=(90, 70), near=0.2, radius=6.0, samples=n) - want).abs() for n in (128, 2048, 32768)]
+    assert want.max() > 0.3
+    assert error[1].max() < 0.02 and error[2].max() < 5e-3 and error[1].mean() < error[0].mean() / 2
+
+
+def test_matrix_games_lattice():
+    """Its rule, pair by pair: 1,000 points at ten depths, inside the image with both edges, strictly between the depths."""
+    side, depth = torch.linspace(-1, 1, 10, dtype=torch.float64), torch.linspace(0.1, 30, 10, dtype=torch.float64)
+    x, y, z = (g.flatten() for g in torch.meshgrid(side, side, depth, indexing="ij"))
+    points = torch.stack([x * z, y * z, z, torch.ones_like(z)])
+    query, history = random_poses(3, 25, turn=30, move=1.0), random_poses(7, 26, turn=30, move=1.0)
+    got = view_overlap(query, history, rule="grid", radius=30.0)
+    for i, a in enumerate(query):
+        for j, b in enumerate(history):
+            x, y, z, _ = b @ torch.linalg.inv(a) @ points
+            inside = (z > 0.1) & (z < 30) & (x.abs() <= z) & (y.abs() <= z)
+            assert got[i, j].item() == pytest.approx(inside.double().mean().item(), abs=2e-3)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_visibility_is_overlap_point_by_point(rule):
+    query, history, view = random_poses(3, 27), random_poses(40, 28), {"rule": rule} | VIEWS[rule]
+    seen, known = view_visibility(query, history, **view)
+    assert seen.dtype == torch.bool and seen.shape[:2] == (3, 40) and known is None
+    torch.testing.assert_close(seen.float().mean(-1), view_overlap(query, history, **view))
+    assert view_visibility(query, history[:0], **view)[0].shape == (3, 0, seen.shape[-1])
+
+
+def test_the_operator_is_sound():
+    query, history = random_poses(2, 29), random_poses(5, 30)
+    square = torch.tensor([[0.5, 0, 0.5], [0, 0.5, 0.5], [0, 0, 1]])
+    torch.library.opcheck(torch.ops.li.view_overlap.default, (query, history, square), {"rule": "frustum", "samples": 64})
+    assert torch.equal(torch.ops.li.view_overlap(query, history), view_overlap(query, history))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rule": "cone"}, "one of sphere, frustum, grid"),
+        ({"rule": "frustum", "fov": (180, 90)}, "below 180"),
+        ({"rule": "frustum", "near": 9.0}, "near must lie between 0 and radius"),
+        ({"intrinsics": torch.eye(3)}, "intrinsics is for rule 'frustum'"),
+        ({"rule": "grid", "depth": torch.ones(1, 2, 2)}, "depth is for rule 'frustum'"),
+        ({"rule": "frustum", "intrinsics": torch.eye(4)}, r"intrinsics must be a tensor \[3, 3\] or \[1, 3, 3\]"),
+        ({"rule": "frustum", "intrinsics": torch.tensor([[640.0, 0, 640], [0, 360, 360], [0, 0, 1]])}, "found pixels"),
+        ({"rule": "frustum", "depth": torch.ones(2, 4, 4)}, r"depth must be a floating tensor \[1, height, width\]"),
+        ({"rule": "frustum", "history_depth": torch.ones(1, 4)}, "history_depth"),
+        ({"tolerance": -1}, "tolerance"),
+    ],
+)
+def test_errors_of_views(change, words):
+    with pytest.raises(ValueError, match=words):
+        view_overlap(torch.eye(4)[None], torch.eye(4)[None], **change)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,10 @@ from li_compile.config import Config
 from li_compile.patterns.graph import placeholders, value
 from li_compile.pipeline import Facts, canonical, match
 
-#: What the tiny world needs: no Inductor, errors instead of warnings, a wide view, tiles of its small frames.
-TINY = {"lowering": "eager", "strict": True, "context.fov": (90, 70), "sparse.tile": (4, 2, 2), "sparse.block_size": 16}
+#: What the tiny world needs: no Inductor, errors instead of warnings, a wide view, tiles of its small frames; and the
+#: authors' policy, whose plans for world_inputs() are plain to see.
+TINY = {"lowering": "eager", "strict": True, "context.policy": "authors", "context.fov": (90, 70), "sparse.tile": (4, 2, 2),
+        "sparse.block_size": 16}
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -16,8 +16,8 @@ from .model import WorldConfig, WorldModel
 FOV = (90.0, 70.0)  # degrees, horizontal and vertical, of the rendered frames
 
 # What the model was trained with, before anything is accelerated: 20 latents, 12 of them the newest (upstream's rule).
-RETRIEVAL = Config.from_options({"preset": "context", "context.memory_frames": 20, "context.temporal_frames": 12,
-                                 "context.threshold": 0.0, "context.fov": FOV})
+RETRIEVAL = Config.from_options({"preset": "context", "context.policy": "authors", "context.memory_frames": 20,
+                                 "context.temporal_frames": 12, "context.threshold": 0.0, "context.fov": FOV})
 
 
 def first_prompt(image: Tensor, config: WorldConfig) -> Tensor:

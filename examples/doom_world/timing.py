@@ -83,6 +83,7 @@ class Timed:
         self.times: list[ChunkTime] = []
         self.longest: tuple[Tensor, ...] = ()  # arguments of the call with the most context
         self._graphs: dict[int, int] = {}  # context length -> index of its graph
+        self._planner = Session(config).planner  # what plans remember of the chunks before
 
     def __call__(self, *args: Tensor) -> Tensor:
         before = self._compiled()
@@ -105,6 +106,7 @@ class Timed:
         _marks.clear()
         # A session a call, not one a video: a call that compiles is run twice, and only one of them is to be counted.
         with Session(self.config) as session:
+            session.planner = self._planner
             start = _moment(device)
             out = self.function(*args)
             end = _moment(device)
