@@ -66,11 +66,21 @@ class _Section:
 class ExactConfig(_Section):
     """Rewrites that change no result beyond rounding: on in every preset but ``off``.
 
+    functional_writes: writes into fresh tensors become values, which the others can move.
+    equal_rows: what is computed token by token of a value repeated over tokens is computed once a value.
+    invariants: what layers or steps compute alike is computed once.
+    dead_tails: a block computes only those of its outputs that are read.
+    merge_regions: equal blocks are compiled once.
     shared_steps: the model that a sampling loop calls N times is compiled once and called N times.
     """
 
     section: ClassVar[str] = "exact"
     enabled: bool = option(True, FLAG)
+    functional_writes: bool = option(True, FLAG)
+    equal_rows: bool = option(True, FLAG)
+    invariants: bool = option(True, FLAG)
+    dead_tails: bool = option(True, FLAG)
+    merge_regions: bool = option(True, FLAG)
     shared_steps: bool = option(True, FLAG)
 
 

@@ -18,8 +18,12 @@ from li_compile import _compat, patterns
 from li_compile.config import Config
 from li_compile.errors import ConfigError, RewriteError
 from li_compile.passes.cost import cost
+from li_compile.passes.dead_tails import dead_tails
 from li_compile.passes.equal_rows import equal_rows
 from li_compile.passes.forward_stores import forward_stores
+from li_compile.passes.functional_writes import functional_writes
+from li_compile.passes.invariants import invariants
+from li_compile.passes.merge_regions import merge_regions
 from li_compile.passes.normalize import normalize
 from li_compile.passes.pack_context import pack_context
 from li_compile.passes.propagate import propagate, tidy
@@ -33,6 +37,11 @@ from li_compile.patterns.context_check import check_context
 from li_compile.patterns.graph import placeholders, value
 from li_compile.report import GraphReport, VariantReport
 from li_compile.reuse import apply_reuse, describe, found_loop
+
+
+# In this order: values that are written in place cannot be moved, rows are found before equal nodes are merged (which hides
+# none), and regions are compared when they are as small as they get.
+EXACT = (functional_writes, equal_rows, invariants, dead_tails, merge_regions)
 
 
 @dataclasses.dataclass
@@ -157,7 +166,10 @@ def prepare(facts: Facts, config: Config, inputs: Sequence[Any], mode, kept: int
         apply("prune_context", lambda m: prune_cache(m, facts.context, patterns.find_attention(m, config.sparse.grid or _grid(facts))[0],
                                                      by_lists), needed=True)
     if config.exact.enabled:
-        apply("equal_rows", equal_rows)
+        for run in EXACT:
+            if getattr(config.exact, run.__name__):
+                with_loop = run is invariants and facts.loop is not None
+                apply(run.__name__, (lambda m: invariants(m, found_loop(m))) if with_loop else run)
     if config.sparse.enabled:
         s = config.sparse
         apply("sparse_attention", lambda m: sparse_attention(
@@ -166,7 +178,7 @@ def prepare(facts: Facts, config: Config, inputs: Sequence[Any], mode, kept: int
             min_context=s.min_context, skip_layers=s.skip_layers, summary=s.summary, head_ratios=s.head_ratios))
         apply("pack_context", pack_context)
     if config.exact.enabled and config.exact.shared_steps and facts.loop is not None:
-        apply("share_steps", lambda m: share_steps(m, found_loop(m)))
+        apply("share_steps", lambda m: share_steps(m, found_loop(m), config.exact.invariants))
     return base
 
 
@@ -187,6 +199,7 @@ def _apply(base: Base, config: Config, inputs: Sequence[Any], mode, name: str, r
         warnings.warn(text, stacklevel=2)
         base.records.append(Record(name, misses=[patterns.Miss(name, "graph", text)]))
     else:
+        record.flops, record.bytes = (old - new for old, new in zip(cost(base.module), cost(trial)))
         base.module = trial
         base.records.append(record)
 

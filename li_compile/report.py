@@ -84,7 +84,7 @@ class Report:
                 table.add_row(f"[bold]{variant.label}", "", f"{variant.flops / 1e9:.2f}", f"{variant.bytes / 1e6:.0f}")
                 for record in variant.records:
                     detail = "; ".join(dict.fromkeys(record.details)) or ("nothing to do" if not record.count else "")
-                    table.add_row(f"  {record.name}", escape(f"{record.count} x  {_short(detail)}"))
+                    table.add_row(f"  {record.name}", escape(f"{record.count} x  {_short(detail)}"), *_saved(record))
             misses = {(m.pattern, m.reason): m for v in graph.variants for r in v.records for m in r.misses}
             misses |= {(m.pattern, m.reason): m for m in graph.misses}
             if misses:
@@ -101,6 +101,12 @@ class Report:
         console = Console(width=140, record=True, file=_Null())
         console.print(self)
         return console.export_text()
+
+
+def _saved(record) -> tuple[str, str]:
+    """What a pass took off, in GFLOP and MB; empty where it is nothing."""
+    text = lambda x, unit, digits: f"{-x / unit:+.{digits}f}" if abs(x) >= unit / 10**digits / 2 else ""
+    return text(record.flops, 1e9, 2), text(record.bytes, 1e6, 0)
 
 
 class _Null:

@@ -60,15 +60,19 @@ def _sparse(q: Node, lengths, roles, height, width, tile, block, topk, prefill, 
     return int(4 * batch * heads_ * n * dim * sum(lengths) * ratio)
 
 
+def cost_of(node: Node) -> tuple[int, int]:
+    """(operations, bytes) of one operator; (0, 0) for what is no product."""
+    count = _operations(node)
+    if count is None:
+        return 0, 0
+    tensors = [value(n) for n in (node, *node.all_input_nodes) if isinstance(value(n), torch.Tensor)]
+    return count, sum(_size(t) * t.element_size() for t in tensors)
+
+
 def cost(module: GraphModule) -> tuple[int, int]:
     """(operations, bytes) of one run of a graph whose nodes carry example values; regions count once a call."""
     operations = moved = 0
     for node in module.graph.nodes:
-        if node.target is REGION:
-            more = cost(getattr(module, node.args[0].target))
-            operations, moved = operations + more[0], moved + more[1]
-        elif (count := _operations(node)) is not None:
-            operations += count
-            tensors = [value(n) for n in (node, *node.all_input_nodes) if isinstance(value(n), torch.Tensor)]
-            moved += sum(_size(t) * t.element_size() for t in tensors)
+        more = cost(getattr(module, node.args[0].target)) if node.target is REGION else cost_of(node)
+        operations, moved = operations + more[0], moved + more[1]
     return operations, moved

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
-from li_compile.patterns.graph import REGION
+from li_compile.patterns.graph import REGION, subgraphs
+
+from .regions import drop_dead
 
 
 class _Propagate(Interpreter):
@@ -49,15 +51,8 @@ def propagate(module: GraphModule, inputs: Sequence, mode) -> None:
 
 def tidy(module: GraphModule) -> None:
     """Remove dead nodes and regions that are no longer called; check and recompile the graph."""
-    from li_compile.patterns.effects import effect
-    from li_compile.patterns.graph import name_of, subgraphs
-
-    kept = ("placeholder", "output")
     for graph_module in (module, *subgraphs(module).values()):
-        for node in reversed(list(graph_module.graph.nodes)):
-            if not node.users and node.op not in kept and effect(node) is None \
-                    and not name_of(node).endswith("autocast"):
-                graph_module.graph.erase_node(node)
+        drop_dead(graph_module)
         graph_module.graph.lint()
         graph_module.recompile()
     called = set(subgraphs(module))

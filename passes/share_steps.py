@@ -19,11 +19,12 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from li_compile.patterns import DenoisingLoop, Miss
-from li_compile.patterns.effects import ALIASES, RANDOM, WRITES, effect, outside_writes, switches_mode, target
+from li_compile.patterns.effects import ALIASES, RANDOM, WRITES, effect, outside_writes, switches_mode, target, written
 from li_compile.patterns.graph import REGION, SDPA, ancestors, calls, descendants, name_of, source_line, subgraphs
 from li_compile.patterns.loop_body import Body
 from li_compile.patterns.loop_calls import weight_of
 
+from .invariants import hoist
 from .outline import outline
 from .record import Record, Refused
 
@@ -31,8 +32,12 @@ PREFIX = "li_"
 BEFORE, STEP, AFTER = PREFIX + "before", PREFIX + "step", PREFIX + "after"
 
 
-def share_steps(module: GraphModule, loop: DenoisingLoop) -> Record:
-    """Rewrite the graph in place. Counts the calls of the shared region. Raises Refused if the calls are not alike."""
+def share_steps(module: GraphModule, loop: DenoisingLoop, invariant: bool = True) -> Record:
+    """Rewrite the graph in place. Counts the calls of the shared region. Raises Refused if the calls are not alike.
+
+    invariant: what all steps compute alike (of a condition, say) is computed before the first. What depends on the time
+    alone stays: a loop over values that are all there beforehand could not be told from one over a sequence.
+    """
     record = Record("share_steps")
     if STEP in subgraphs(module):
         return record
@@ -40,6 +45,7 @@ def share_steps(module: GraphModule, loop: DenoisingLoop) -> Record:
         raise Refused(loop.body)
     try:
         found = outline(module, loop.body, STEP)
+        moved = hoist(module, STEP, late=descendants(found) | set(found), most=loop.branches) if invariant else []
         _before(module, found)
         _after(module, found)
     except ValueError as why:
@@ -49,6 +55,7 @@ def share_steps(module: GraphModule, loop: DenoisingLoop) -> Record:
                        "reads weights, writes in place (x += y for x = x + y), or is under an autocast of its own")
     record.count = len(found)
     record.details.append(f"{len(found)} calls of one region of {len(loop.body.nodes)} nodes")
+    record.details += map(str, moved)
     return record
 
 
@@ -63,12 +70,18 @@ def _before(module: GraphModule, found: list[Node]) -> None:
     before = [n for n in order if n.op.startswith("call") and n not in behind]
     if not any(_is_heavy(n) for n in before):
         return
-    # What draws random numbers between the calls keeps its place, and so does what reads what the calls write.
-    written = {w.base for call in found for w in outside_writes(call)}
+    # What draws random numbers between the calls keeps its place, and so does what reads what is written there.
+    changing = written(module.graph)
     late = {n for n in before if order[n] > order[found[0]] and (
-        effect(n) is not None or any(target(o) in written for o in n.all_input_nodes))}
-    late |= descendants(list(late)) | {n for n in before if name_of(n) in ALIASES and target(n) in written}  # and its views
-    _region(module, [n for n in before if n not in late], BEFORE, found[0].args[0])
+        effect(n) is not None or any(target(o) in changing for o in n.all_input_nodes))}
+    by_calls = {w.base for call in found for w in outside_writes(call)}
+    late |= descendants(list(late)) | {n for n in before if name_of(n) in ALIASES and target(n) in by_calls}  # and its views
+    # What only the scheduler's arithmetic reads is part of that: a state times a number, say.
+    read: set[Node] = set()
+    for node in reversed(before):
+        if _is_heavy(node) or effect(node) is not None or any(u in read or u in found for u in node.users):
+            read.add(node)
+    _region(module, [n for n in before if n in read and n not in late], BEFORE, found[0].args[0])
 
 
 def _after(module: GraphModule, found: list[Node]) -> None:

@@ -9,14 +9,17 @@ from torch.fx import Node
 
 from .graph import REGION, SHAPE_ONLY, ancestors, name_of, placeholders
 
-RANDOM = {"rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "dropout", "bernoulli", "multinomial",
-          "normal", "normal_", "uniform_", "native_dropout"}
+# In-place methods, by their names.
+_IN_PLACE = {n for n in dir(torch.Tensor) if n.endswith("_") and not n.endswith("__")} - {"requires_grad_"}
+RANDOM = {"rand", "randn", "rand_like", "randn_like", "randint", "randint_like", "randperm", "dropout", "bernoulli", "multinomial",
+          "normal", "normal_", "uniform_", "random_", "bernoulli_", "exponential_", "native_dropout", "poisson", "rrelu"}
 # Operators that read no more of their first operand than its shape.
 VALUE_FREE = {"full_like", "zeros_like", "ones_like", "rand_like", "randn_like", "new_full", "new_zeros", "new_ones"}
-WRITES = {"setitem", "copy_", "index_copy_", "scatter_", "index_put_", "add_", "sub_", "mul_", "div_", "fill_", "zero_", "iadd",
-          "isub", "imul", "itruediv"}
+WRITES = {"setitem", "iadd", "isub", "imul", "itruediv", "ipow", "ifloordiv", "imod", "iand", "ior", "ixor", "imatmul"} | _IN_PLACE
 # Operators whose result may share memory with their first operand.
-ALIASES = SHAPE_ONLY - {"clone", "_to_copy"}
+ALIASES = SHAPE_ONLY - {"clone", "_to_copy"} | {"narrow", "view_as", "expand_as", "reshape_as", "broadcast_to", "ravel", "diagonal",
+                                                "unfold", "as_strided", "tensor_split", "view_as_real", "view_as_complex", "real",
+                                                "imag", "moveaxis", "swapdims", "getattr"}
 
 
 def effects(node: Node) -> set[str]:
@@ -89,6 +92,25 @@ def writers(node: Node) -> list[Node]:
                 found += [user] if name_of(user) in WRITES else []
     order = {n: i for i, n in enumerate(node.graph.nodes)} if found else {}
     return sorted(found, key=order.get)
+
+
+def is_pure(node: Node) -> bool:
+    """Whether an operator gives the same value wherever it stands, as long as nobody writes into what it reads.
+
+    Of operators that are neither PyTorch's nor ours, and of other higher-order ones, that is not known.
+    """
+    if node.op not in ("call_function", "call_method") or effects(node) or switches_mode(node) or node.kwargs.get("inplace"):
+        return False
+    if isinstance(node.target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        overload = node.target.default if isinstance(node.target, torch._ops.OpOverloadPacket) and "default" in node.target.overloads() else node.target
+        return isinstance(overload, torch._ops.OpOverload) and overload.namespace in ("aten", "prims", "li") and not overload._schema.is_mutable
+    return node.target is REGION or not isinstance(node.target, torch._ops.HigherOrderOperator)
+
+
+def written(graph: torch.fx.Graph) -> set[Node]:
+    """What is written in place somewhere in a graph, by itself, through views or by a region."""
+    found = {w.base for n in graph.nodes for w in outside_writes(n)}
+    return found | {target(n) for n in graph.nodes if n.op.startswith("call") and name_of(n) in WRITES}
 
 
 def switches_mode(node: Node) -> bool:

@@ -58,7 +58,7 @@ def test_reuse_is_the_loop_by_hand(sampler, guidance, steps, form):
     whole = run(sample(velocity, levels), *given)
     off = traced.compile(preset="cache")
     assert torch.equal(run(off, *given), run(traced, *given)) and relative(run(off, *given), whole) <= 1e-5
-    assert off.report.counts() == {"equal_rows": 0, "share_steps": steps * (2 if guidance == "sequential" else 1)}
+    assert off.report.counts()["share_steps"] == steps * (2 if guidance == "sequential" else 1)
     on = traced.compile(**ALWAYS)
     assert on.report.counts()["cached_steps"] == steps - 2
     want = run(sample(velocity, levels, skip=range(1, steps - 1)), *given)
@@ -74,7 +74,7 @@ def test_k_updates_become_one(sampler, steps):
     levels = shifted(steps, most=0.9998)
     compiled = Traced(SAMPLERS[sampler](alone(Denoiser()), levels), *inputs()).compile(**ALWAYS)
     graph = reusing(compiled).graph
-    assert len([n for n in graph.nodes if n.op == "call_module"]) == 2
+    assert [n.target for n in graph.nodes if n.op == "call_module"] == ["li_before", "li_step", "li_step"]
     arithmetic = [n for n in graph.nodes if n.op == "call_function" and n.target.__name__ in ("add", "sub", "mul", "truediv")]
     assert len(arithmetic) == 4
     (first, *_) = [n.args[1] for n in arithmetic if n.target.__name__ == "mul"]
@@ -338,7 +338,7 @@ def test_weights_are_known_as_such_to_the_compiler(monkeypatch):
         torch._dynamo.reset()
         with torch.no_grad():
             torch.compile(sample, backend="light_interaction", options=options)(*inputs())
-    assert [len(f) for f in found] == [12, 12, 12]
+    assert [len(f) for f in found] == [12, 2, 10, 12]  # what reads the condition is computed before the steps
 
 
 def test_running_the_pass_twice_changes_nothing():

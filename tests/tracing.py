@@ -24,6 +24,11 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got - want).norm() / want.norm()).item()
 
 
+def fired(counts: dict[str, int]) -> dict[str, int]:
+    """The passes that did something."""
+    return {name: count for name, count in counts.items() if count}
+
+
 class Traced:
     """A function as Dynamo traces it, in one graph; tracing happens once, whatever is compiled or run afterwards."""
 

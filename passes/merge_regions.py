@@ -1,0 +1,61 @@
+"""Equal regions become one, exact: a block that is called N times is compiled once.
+
+Before::                                     After::
+
+    x1 = invoke_subgraph(block_0, x0, w0)        x1 = invoke_subgraph(block_0, x0, w0)
+    x2 = invoke_subgraph(block_1, x1, w1)        x2 = invoke_subgraph(block_0, x1, w1)
+
+Dynamo gives calls of a region one identifier where it is sure that they trace alike (from 2.13 on for layers with weights
+of their own; in 2.11 each layer has one), and other passes split regions. Two regions are equal if their graphs are,
+operator for operator, constants and the layout of what they are handed included.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule
+
+from li_compile.patterns.effects import modes
+from li_compile.patterns.graph import placeholders, region_calls, subgraphs, value
+
+from .record import Record
+
+
+def merge_regions(module: GraphModule) -> Record:
+    """Retarget calls, in place. Counts the regions that are no longer needed."""
+    record = Record("merge_regions")
+    first: dict[str, str] = {}
+    modes_ = modes(module.graph)
+    for region, sub in subgraphs(module).items():
+        # Traced once, a region keeps the autocast of its first call.
+        around = {repr([(e.args, e.kwargs) for e in modes_[call]]) for call in region_calls(module, region)}
+        kept = first.setdefault(f"{sorted(around)}\n{signature(sub)}", region)
+        if kept == region:
+            continue
+        for call in region_calls(module, region):
+            with module.graph.inserting_before(call):
+                attribute = module.graph.get_attr(kept)
+            attribute.meta = dict(call.args[0].meta)
+            call.args = (attribute, kept, *call.args[2:])
+        record.count += 1
+    if record.count:
+        record.details.append(f"{record.count + len(first)} regions, {len(first)} different ones")
+    return record
+
+
+def signature(sub: GraphModule) -> str:
+    """What a region computes, as text: equal for two regions that compute the same of operands of the same layout."""
+    numbers = {node: i for i, node in enumerate(sub.graph.nodes)}
+    text = lambda x: repr(torch.fx.map_arg(x, lambda n: f"%{numbers[n]}"))
+    lines = [str(_layout(value(p))) for p in placeholders(sub.graph)]
+    for node in sub.graph.nodes:
+        what = "" if node.op == "placeholder" else str(node.target)
+        if node.op == "get_attr":  # another region, or a constant that only this region has
+            inner = getattr(sub, node.target)
+            what = signature(inner) if isinstance(inner, GraphModule) else f"constant {id(inner)}"
+        lines.append(f"{node.op} {what} {text(node.args)} {text(node.kwargs)}")
+    return "\n".join(lines)
+
+
+def _layout(x) -> tuple:
+    return (tuple(x.shape), x.stride(), x.dtype, x.device) if isinstance(x, torch.Tensor) else (x,)

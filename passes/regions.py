@@ -1,0 +1,74 @@
+"""Work on nested regions that several passes share: values brought out of a region, operands added and dropped.
+
+A region is called as ``invoke_subgraph(get_attr, identifier, *operands)``; the n-th placeholder of its graph stands for the
+n-th operand of every call.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from li_compile.patterns.effects import effect, switches_mode
+from li_compile.patterns.graph import SHAPE_ONLY, name_of, placeholders, region_calls
+
+# Operators that move and repeat values and compute nothing.
+MOVES = SHAPE_ONLY | {"repeat", "repeat_interleave"}
+
+
+def structure(x, through=MOVES) -> object:
+    """A hashable description of a value: equal for two nodes that do the same of ``through`` to the same nodes."""
+    if isinstance(x, Node):
+        if x.op in ("call_function", "call_method") and name_of(x) in through:
+            return (name_of(x), structure(x.args, through), structure(tuple(sorted(x.kwargs.items())), through))
+        return x
+    if isinstance(x, (list, tuple)):
+        return tuple(structure(y, through) for y in x)
+    return repr(x)
+
+
+def outside(graph: Graph, sub: GraphModule, x: Node, call: Node, made: dict[Node, Node], before: Node | None = None) -> Node:
+    """A value of a region in terms of the operands of one of its calls, computed before the call, or before another node.
+
+    made: what was already.
+    """
+    if x.op == "placeholder":
+        return call.args[2 + placeholders(sub.graph).index(x)]
+    if x not in made:
+        args, kwargs = map_arg((x.args, x.kwargs), lambda a: outside(graph, sub, a, call, made, before))
+        with graph.inserting_before(before or call):
+            made[x] = graph.create_node(x.op, x.target, args, kwargs)
+        made[x].meta = dict(x.meta)
+    return made[x]
+
+
+def hand_in(sub: GraphModule, calls: list[Node], values: list[list[Node]], name: str) -> list[Node]:
+    """New placeholders of a region, and for each call its values as their operands; returns the placeholders."""
+    inside: list[Node] = []
+    for i in range(len(values[0])):
+        known = placeholders(sub.graph)
+        with sub.graph.inserting_after(known[-1]):
+            inside.append(sub.graph.placeholder(f"{name}_{len(known)}"))
+        inside[-1].meta = {k: v for k, v in values[0][i].meta.items() if k == "example_value"}
+    for call, given in zip(calls, values):
+        call.args = (*call.args, *given)
+    return inside
+
+
+def drop_dead(graph_module: GraphModule) -> None:
+    """Remove nodes that nothing reads and that have no effect of their own; modes stay, as they act without being read."""
+    for node in reversed(list(graph_module.graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output") and effect(node) is None and not switches_mode(node):
+            graph_module.graph.erase_node(node)
+
+
+def drop_unused(module: GraphModule, sub: GraphModule, region: str) -> None:
+    """Remove moves that nothing reads and operands that the region no longer reads: what they hold can then be freed."""
+    for node in reversed(list(sub.graph.nodes)):
+        if not node.users and node.op in ("call_function", "call_method") and name_of(node) in MOVES:
+            sub.graph.erase_node(node)
+    for i, inner in reversed(list(enumerate(placeholders(sub.graph)))):
+        if not inner.users:
+            sub.graph.erase_node(inner)
+            for call in region_calls(module, region):
+                call.args = (*call.args[: 2 + i], *call.args[3 + i :])
