@@ -67,21 +67,26 @@ class ExactConfig(_Section):
     """Rewrites that change no result beyond rounding: on in every preset but ``off``.
 
     functional_writes: writes into fresh tensors become values, which the others can move.
+    real_arithmetic: complex products, as of rotary embeddings, in real arithmetic, which compilers fuse.
     equal_rows: what is computed token by token of a value repeated over tokens is computed once a value.
     invariants: what layers or steps compute alike is computed once.
     dead_tails: a block computes only those of its outputs that are read.
     merge_regions: equal blocks are compiled once.
     shared_steps: the model that a sampling loop calls N times is compiled once and called N times.
+    islands: what becomes of products in fp32 within a model in half precision, which ``explain`` lists: "keep" leaves them
+        alone; "bf16" computes them in bf16, which is not exact and therefore never a default.
     """
 
     section: ClassVar[str] = "exact"
     enabled: bool = option(True, FLAG)
     functional_writes: bool = option(True, FLAG)
+    real_arithmetic: bool = option(True, FLAG)
     equal_rows: bool = option(True, FLAG)
     invariants: bool = option(True, FLAG)
     dead_tails: bool = option(True, FLAG)
     merge_regions: bool = option(True, FLAG)
     shared_steps: bool = option(True, FLAG)
+    islands: str = option("keep", one_of("keep", "bf16"))
 
 
 @dataclasses.dataclass(frozen=True)

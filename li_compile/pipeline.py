@@ -23,12 +23,15 @@ from li_compile.passes.equal_rows import equal_rows
 from li_compile.passes.forward_stores import forward_stores
 from li_compile.passes.functional_writes import functional_writes
 from li_compile.passes.invariants import invariants
+from li_compile.passes.islands import describe as describe_islands
+from li_compile.passes.islands import lower_islands
 from li_compile.passes.merge_regions import merge_regions
 from li_compile.passes.normalize import normalize
 from li_compile.passes.pack_context import pack_context
 from li_compile.passes.propagate import propagate, tidy
 from li_compile.passes.prune_cache import prune_cache
 from li_compile.passes.prune_context import prune_context
+from li_compile.passes.real_arithmetic import real_arithmetic
 from li_compile.passes.record import Record, Refused
 from li_compile.passes.share_steps import share_steps
 from li_compile.passes.sparse_attention import sparse_attention
@@ -41,7 +44,7 @@ from li_compile.reuse import apply_reuse, describe, found_loop
 
 # In this order: values that are written in place cannot be moved, rows are found before equal nodes are merged (which hides
 # none), and regions are compared when they are as small as they get.
-EXACT = (functional_writes, equal_rows, invariants, dead_tails, merge_regions)
+EXACT = (functional_writes, real_arithmetic, equal_rows, invariants, dead_tails, merge_regions)
 
 
 @dataclasses.dataclass
@@ -135,6 +138,8 @@ def report_of(index: int, facts: Facts) -> GraphReport:
                            + ("" if c.history_w2c else "; no cameras among them: pruned by Session.chunk()")
     if facts.loop is not None:
         found["denoising loop"] = describe(facts.loop)
+    if (islands := describe_islands(facts.module)) is not None:
+        found["precision islands"] = islands
     flops, moved = cost(facts.module)
     return GraphReport(index, len(facts.module.graph.nodes), found, facts.misses, flops, moved)
 
@@ -170,6 +175,8 @@ def prepare(facts: Facts, config: Config, inputs: Sequence[Any], mode, kept: int
             if getattr(config.exact, run.__name__):
                 with_loop = run is invariants and facts.loop is not None
                 apply(run.__name__, (lambda m: invariants(m, found_loop(m))) if with_loop else run)
+        if config.exact.islands == "bf16":
+            apply("islands", lower_islands)
     if config.sparse.enabled:
         s = config.sparse
         apply("sparse_attention", lambda m: sparse_attention(

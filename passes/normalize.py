@@ -4,7 +4,8 @@ Before::                                            After::
 
     s = matmul(q, k.transpose(-2, -1)) * scale          o = scaled_dot_product_attention(q, k, v, scale=scale)
     o = matmul(softmax(s, dim=-1), v)
-    a = cat([x]); b = x.repeat_interleave(1, dim=1)     a, b -> x
+    a = cat([x]); b = x.repeat_interleave(1, dim=1)     a, b, c, d, e -> x
+    (c,) = x.split([8]); d = x.to(x.dtype); e = x.expand(x.shape)
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from li_compile.patterns.graph import (CONV, LINEAR, MATMUL, SDPA, SHAPE_ONLY, argument, calls, cat_operands, name_of,
-                                       shape, subgraphs)
+from li_compile.patterns.effects import target, written
+from li_compile.patterns.graph import (CAT, CONV, LINEAR, MATMUL, SDPA, SHAPE_ONLY, argument, calls, cat_operands, name_of,
+                                       shape, subgraphs, value)
 
 from .record import Record
 
 SOFTMAX = {"softmax"}
 TRANSPOSES = {"transpose", "swapaxes", "permute", "mT", "t"}
+CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous"}
+FITS = {"expand", "view", "reshape", "repeat", "tile"}  # what these do to a tensor that has the shape already
+COPIES = {"repeat_interleave", "repeat", "tile"}
+SPLITS = {"chunk", "split", "tensor_split", "split_with_sizes"}
 # Functions (input, other, ...) whose operands some matcher reads.
 READ = SHAPE_ONLY | SOFTMAX | {"matmul", "bmm", "mul", "multiply", "div", "divide", "truediv", "add", "sub", "dropout",
                                "repeat_interleave", "silu", "gelu", "relu", "sigmoid", "tanh", "exp", "neg", "softplus"}
@@ -34,8 +40,9 @@ def normalize(module: GraphModule) -> Record:
     for graph_module in (module, *subgraphs(module).values()):
         for node in graph_module.graph.nodes:
             _positional(node)
+        changing = written(graph_module.graph)
         for node in list(graph_module.graph.nodes):
-            if (same := _no_op(node)) is not None:
+            if (same := _no_op(node, changing)) is not None:
                 node.replace_all_uses_with(same)
                 graph_module.graph.erase_node(node)
                 record.count += 1
@@ -59,20 +66,40 @@ def _positional(node: Node) -> None:
     node.args, node.kwargs = tuple(args), kwargs
 
 
-def _no_op(node: Node) -> Node | None:
-    """The node that this one equals, or None."""
-    read = cat_operands(node)
-    if read is not None and len(read[0]) == 1 and isinstance(read[0][0], Node):
-        return read[0][0]
-    if node.op not in ("call_function", "call_method"):
+def _no_op(node: Node, changing: set[Node]) -> Node | None:
+    """The node that this one equals, or None. changing: what is written in place; a copy of that, or a copy that is, is none."""
+    if node.op not in ("call_function", "call_method") or not node.args:
         return None
-    if name_of(node) == "repeat_interleave" and argument(node, 1, "repeats") == 1 \
-            and argument(node, 2, "dim") is not None:
-        return node.args[0]
-    if name_of(node) == "dropout" and (argument(node, 1, "p", default=0.5) == 0.0
-                                       or not argument(node, 2, "training", default=True)):
-        return node.args[0]
-    return None
+    same = _same_value(node)
+    copies = name_of(node) in COPIES or calls(node, CAT)
+    if same is not None and copies and (target(node) in changing or target(same) in changing or any(u.op == "output" for u in node.users)):
+        return None
+    return same
+
+
+def _same_value(node: Node) -> Node | None:
+    name, first = name_of(node), node.args[0]
+    if (read := cat_operands(node)) is not None:
+        return read[0][0] if len(read[0]) == 1 and isinstance(read[0][0], Node) else None
+    if not isinstance(first, Node):
+        return None
+    if name == "getitem":  # of a split into one part
+        parts = first.op in ("call_function", "call_method") and name_of(first) in SPLITS and value(first)
+        return first.args[0] if isinstance(parts, (tuple, list)) and len(parts) == 1 else None
+    if name == "repeat_interleave":
+        return first if argument(node, 1, "repeats") == 1 and argument(node, 2, "dim") is not None else None
+    if name == "dropout":
+        return first if argument(node, 1, "p", default=0.5) == 0.0 or not argument(node, 2, "training", default=True) else None
+    plain = not node.kwargs.get("copy") and node.kwargs.get("memory_format") is None and not any(a is True for a in node.args[1:])
+    return first if (name in CASTS and plain or name in FITS) and _alike(value(node), value(first), name == "contiguous") else None
+
+
+def _alike(one, other, strided: bool) -> bool:
+    """Whether two example values have one dtype, device and shape, and if asked for one layout."""
+    if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+        return False
+    layout = lambda x: (x.dtype, x.device, str(tuple(x.shape)), str(x.stride()) if strided else "")
+    return layout(one) == layout(other)
 
 
 def _swapped(node: Node) -> Node | None:

@@ -183,7 +183,10 @@ def test_digest_follows_meaning():
         "context.fov": (61, 35),
         "cache.min_steps": 4,
         "inductor": {"max_autotune": True},
+        "exact.islands": "bf16",
     }
+    flags = [f.name for f in dataclasses.fields(base.exact) if f.name not in ("enabled", "islands")]
+    changes |= {f"exact.{name}": False for name in flags}
     digests = {Config.from_options({key: value}).digest() for key, value in changes.items()}
     assert len(digests | {base.digest()}) == len(changes) + 1
 

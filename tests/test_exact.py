@@ -20,6 +20,7 @@ from li_compile.passes.functional_writes import functional_writes
 from li_compile.passes.invariants import SMALL, invariants
 from li_compile.passes.merge_regions import merge_regions
 from li_compile.passes.propagate import propagate, tidy
+from li_compile.passes.real_arithmetic import real_arithmetic
 from li_compile.patterns.graph import REGION, name_of, region_calls, subgraphs
 from li_compile.pipeline import EXACT, canonical
 
@@ -91,12 +92,12 @@ def worldplay():
 # Rows: a modulation, P, its inverse and the inverse camera's translation a block, and the output's modulation; of the last block
 # of a context only what keys need. Invariants are merged nodes and what leaves regions.
 @pytest.mark.parametrize(("form", "call", "want"), [
-    ("flat", "step", {"functional_writes": 15 * DEPTH, "equal_rows": 4 * DEPTH + 1, "invariants": 253}),
-    ("flat", "first step", {"functional_writes": 15 * DEPTH, "equal_rows": 4 * DEPTH + 1, "invariants": 255}),
-    ("flat", "context", {"functional_writes": 15 * DEPTH, "equal_rows": 4 * DEPTH - 1, "invariants": 229}),
-    ("regions", "step", {"functional_writes": 15, "equal_rows": 4 * DEPTH + 1, "invariants": 51}),
-    ("regions", "first step", {"functional_writes": 15, "equal_rows": 4 * DEPTH + 1, "invariants": 53}),
-    ("regions", "context", {"functional_writes": 15, "equal_rows": 4 * DEPTH, "invariants": 50, "dead_tails": 1})])
+    ("flat", "step", {"functional_writes": 15 * DEPTH, "equal_rows": 4 * DEPTH + 1, "invariants": 230}),
+    ("flat", "first step", {"functional_writes": 15 * DEPTH, "equal_rows": 4 * DEPTH + 1, "invariants": 232}),
+    ("flat", "context", {"functional_writes": 15 * DEPTH, "equal_rows": 4 * DEPTH - 1, "invariants": 211}),
+    ("regions", "step", {"functional_writes": 15, "equal_rows": 4 * DEPTH + 1, "invariants": 46}),
+    ("regions", "first step", {"functional_writes": 15, "equal_rows": 4 * DEPTH + 1, "invariants": 48}),
+    ("regions", "context", {"functional_writes": 15, "equal_rows": 4 * DEPTH, "invariants": 45, "dead_tails": 1})])
 def test_worldplay(worldplay, form, call, want):
     traced = worldplay(form, call)
     done = Rewritten(traced, traced.x)
@@ -152,6 +153,39 @@ def test_explain_shows_them():
     assert "4 rows for 48" in str(report)
 
 
+# What does nothing (normalize).
+
+
+def idle(how, x):
+    if how == "nothing at all":
+        (part,) = x.split([8], dim=-1)
+        x, *_ = torch.cat([part.repeat_interleave(1, dim=1)], dim=0).chunk(1)
+        x = x.float().to(x.dtype).type_as(x).expand(3, 8).expand(-1, -1).view(3, 8).reshape(3, -1).contiguous().repeat(1, 1)
+    elif how == "something":
+        a, b = x.split([4, 4], dim=-1)
+        x = torch.cat([a, b], 1).repeat_interleave(1)[None].expand(3, 24).double().t().contiguous().repeat(2, 1)
+    elif how == "a copy that is written":
+        copied = torch.cat([x])
+        copied.add_(1)
+        x = x * copied
+    elif how == "a copy of what is written":
+        x = x.clone()
+        copied = x.repeat(1, 1)
+        x.add_(1)
+        x = x * copied
+    elif how == "a copy on purpose":
+        x = x.to(torch.float32, copy=True)
+    return x.sin() if how != "given out" else torch.cat([x])
+
+
+@pytest.mark.parametrize(("how", "left"), [("nothing at all", 1), ("something", None), ("a copy that is written", 4), ("a copy of what is written", 5),
+                                           ("a copy on purpose", 2), ("given out", 1)])
+def test_no_ops_vanish(how, left):
+    done = Rewritten(lambda x: idle(how, x), torch.randn(3, 8), passes=())
+    calls = lambda module: sum(n.op.startswith("call") for n in module.graph.nodes)
+    assert calls(done.module) == (left or calls(done.traced.module)) and done.error() == 0
+
+
 # Writes.
 
 
@@ -182,6 +216,41 @@ def test_writes(how, count, reason, dtype):
     """What is written may be of another dtype than the place."""
     done = Rewritten(lambda x, y: write(how, x, y), torch.randn(4, 3, 3), torch.randn(4, 3, dtype=dtype), passes=(functional_writes,))
     assert done.count == count and reason in done.reasons and done.error() == 0
+
+
+# Complex numbers.
+
+
+def rotary(how, x, angle):
+    """x [B, L, H, 2 D] turned by angles [L, D]."""
+    table = torch.polar(torch.ones_like(angle), angle)
+    pairs = torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2))
+    if how == "axes":  # a table put together of parts, one axis each, as Wan's
+        a, b = table.split([1, 2], dim=1)
+        table = torch.cat([a[:, None].expand(-1, 2, -1), b.unsqueeze(1).expand(-1, 2, -1)], dim=-1).to(torch.complex64)
+    elif how == "given":
+        table = torch.view_as_complex(torch.stack([angle, 1 - angle], -1)) + 0  # not followed any further
+    table = table.view(1, angle.shape[0], -1, angle.shape[1])
+    turned = pairs * (table.conj() if how == "conjugate" else table)
+    if how == "scaled":
+        turned = turned * angle[0, 0]
+    if how == "written":
+        turned[0] = 0
+    if how == "no product":
+        turned = pairs + 1
+    return torch.view_as_real(turned).flatten(3) * 2
+
+
+@pytest.mark.parametrize(("how", "count"), [("plain", 1), ("axes", 1), ("given", 1), ("scaled", 2), ("conjugate", 1), ("written", 0), ("no product", 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_complex_rotary_embeddings(how, count, dtype):
+    if how == "axes" and dtype == torch.float64:
+        pytest.skip("that table is in single precision")
+    done = Rewritten(lambda x, angle: rotary(how, x, angle), torch.randn(2, 5, 2, 6, dtype=dtype), torch.rand(5, 3, dtype=dtype),
+                     passes=(real_arithmetic,))
+    assert done.count == count and done.error() <= (1e-6 if dtype == torch.float32 else 1e-14)
+    complex_ = [n for n in done.module.graph.nodes if isinstance(v := n.meta.get("example_value"), torch.Tensor) and v.is_complex()]
+    assert bool(complex_) == (how in ("given", "conjugate", "written", "no product"))
 
 
 # Rows. More in test_passes.py.
@@ -407,3 +476,38 @@ def test_equal_regions(how, different):
     assert len(subgraphs(module)) == different and merge_regions(module).count == 0
     with torch.no_grad():
         assert relative(module(*traced.arguments(x))[0], traced(x)) == 0
+
+
+# Precision islands: found always, lowered only where asked for.
+
+
+class Island(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.a(x)
+            with torch.autocast("cpu", enabled=False):
+                x = self.b(x.float())
+            return self.c(x) + (x @ x.t()).mean()
+
+
+def test_islands_are_reported_and_kept_unless_named():
+    torch.manual_seed(0)
+    model, x = Island(), torch.randn(4, 16)
+    traced = Traced(model, x)
+    with pytest.warns(UserWarning, match="found nothing"):
+        kept = Compiled(traced, {"preset": "exact", "lowering": "eager"})
+        lowered = Compiled(traced, {"preset": "exact", "lowering": "eager", "exact.islands": "bf16"})
+    for compiled in (kept, lowered):
+        assert "1 products in fp32" in compiled.graph.found["precision islands"] and "test_exact.py" in compiled.graph.found["precision islands"]
+    assert "islands" not in kept.report.counts() and lowered.report.counts()["islands"] == 1
+    with torch.no_grad():
+        want = model(x).float()
+        assert relative(kept(x).float(), want) == 0 and 0 < relative(lowered(x).float(), want) < 2e-2
+    assert "precision islands" not in Compiled(Traced(model.b, x), {"preset": "off", "lowering": "eager"}).graph.found
+    with pytest.warns(UserWarning, match="found nothing"):
+        whole = Compiled(Traced(model.b, x), {"preset": "exact", "lowering": "eager", "exact.islands": "bf16"})
+    assert "precision islands" not in whole.graph.found and whole.report.counts()["islands"] == 0, "a model in fp32 is no island"

@@ -33,7 +33,7 @@ def test_a_chunk_is_explained_with_its_patterns_passes_and_costs(tiny_chunk):
     (graph,) = report.graphs
     assert set(graph.found) == {"attention, prefill", "attention, decode", "context", "denoising loop"}
     assert fired(report.counts()) == {
-        "prune_context": 8, "equal_rows": 14, "invariants": 57, "dead_tails": 1, "sparse_attention": 4, "pack_context": 4, "share_steps": 4,
+        "prune_context": 8, "equal_rows": 14, "invariants": 51, "dead_tails": 1, "sparse_attention": 4, "pack_context": 4, "share_steps": 4,
         "watch_steps": 1, "cached_steps": 2}
     kept, reusing = graph.variants
     assert (kept.kept, kept.reuse, reusing.kept, reusing.reuse) == (4, False, 8, True)

@@ -89,3 +89,40 @@ def test_lists_of_frames_through_inductor(cache_of_our_own, tiny_world):
     inputs = step_inputs(model, 20)
     with torch.no_grad(), session(20, revisit=True) as s, s.chunk(20) as plan:
         assert relative(fn(*inputs), step(*chosen_cache(inputs, plan.indices))) <= 1e-5
+
+
+class Deep(torch.nn.Module):
+    """So many equal blocks in regions; numbered: each is told its number."""
+
+    def __init__(self, depth, numbered):
+        super().__init__()
+        self.layers, self.numbered = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(depth)), numbered
+        self.run = torch.compiler.nested_compile_region(lambda index, layer, x: x + torch.nn.functional.silu(layer(x)))
+
+    def forward(self, x):
+        for i, layer in enumerate(self.layers):
+            x = self.run(i if self.numbered else 0, layer, x)
+        return x
+
+
+def test_a_block_is_compiled_once(monkeypatch):
+    """Twelve blocks make as many kernels as two; so do blocks that are told their number (of which Dynamo accepts eight),
+    and blocks of a region each, which Dynamo 2.11 leaves."""
+    from test_exact import split
+    from torch._inductor import metrics
+
+    from li_compile import pipeline
+
+    made, canonical = {}, pipeline.canonical
+    for name, model, apart, options in (("two", Deep(2, False), False, {}), ("twelve", Deep(12, False), False, {}),
+                                        ("numbered", Deep(7, True), False, {}), ("apart", Deep(12, False), True, {}),
+                                        ("not merged", Deep(12, False), True, {"exact.merge_regions": False})):
+        torch._dynamo.reset()
+        metrics.reset()
+        x = torch.randn(4, 8)
+        monkeypatch.setattr(pipeline, "canonical", lambda m, i: split(canonical(m, i)) if apart else canonical(m, i))
+        options = {"preset": "exact", "inductor": {"fx_graph_cache": False}} | options
+        with torch.no_grad():
+            assert relative(torch.compile(model, backend="light_interaction", options=options)(x), model(x)) <= 1e-5
+        made[name] = metrics.generated_kernel_count
+    assert 0 < made["two"] == made["twelve"] == made["numbered"] == made["apart"] < made["not merged"]

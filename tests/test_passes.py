@@ -84,7 +84,7 @@ def test_the_hand_written_chunk_is_the_model(world):
 # Rows: the modulations of 2 blocks in 3 steps and the prefill, and of the 3 outputs. Attention: all but the first layer's; the
 # prefill's last attention is computed for nobody, which in one flat graph is dead code like any other, and in regions a tail.
 def expected(preset: str, regional: bool) -> dict:
-    rows = {"equal_rows": DEPTH * (STEPS + 1) + STEPS, "invariants": 48 if regional else 81} | ({"dead_tails": 1} if regional else {})
+    rows = {"equal_rows": DEPTH * (STEPS + 1) + STEPS, "invariants": 42 if regional else 48} | ({"dead_tails": 1} if regional else {})
     decode = STEPS * (DEPTH - 1)
     # A context whose length is dynamic is packed where it is read.
     sparse, packed = {"sparse_attention": decode}, {"pack_context": decode}
@@ -178,7 +178,7 @@ def test_exact_is_the_model_in_double_precision(tiny_world, monkeypatch):
     sampler = doom.ChunkSampler(tiny_world(depth=1).double(), steps=2)
     inputs = [x.double() if x.is_floating_point() else x for x in world_inputs(tiny_world(depth=1), 8)]
     compiled = Traced(sampler, *inputs).compile(preset="exact")
-    assert fired(compiled.report.counts()) == {"equal_rows": 5, "invariants": 31, "share_steps": 2}
+    assert fired(compiled.report.counts()) == {"equal_rows": 5, "invariants": 29, "share_steps": 2}
     with torch.no_grad():
         result, want = compiled(*inputs), sampler(*inputs)
     assert result.dtype == torch.float64 and relative(result, want) <= 1e-12
