@@ -1,4 +1,4 @@
-"""Canonical spelling, exact: no-ops vanish and attention written by hand becomes one node.
+"""Canonical spelling, exact: no-ops vanish, attention written by hand becomes one node, keys and values are joined last.
 
 Before::                                            After::
 
@@ -6,6 +6,8 @@ Before::                                            After::
     o = matmul(softmax(s, dim=-1), v)
     a = cat([x]); b = x.repeat_interleave(1, dim=1)     a, b, c, d, e -> x
     (c,) = x.split([8]); d = x.to(x.dtype); e = x.expand(x.shape)
+    sdpa(q, k, v, attn_mask=ones(L, S, dtype=bool))     sdpa(q, k, v)
+    cat([context_k, k], 1).transpose(1, 2)              see spread_moves.py
 """
 
 from __future__ import annotations
@@ -17,17 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch.fx import GraphModule, Node
 
-from li_compile.patterns.effects import target, written
+from li_compile.patterns.effects import target, writers, written
 from li_compile.patterns.graph import (CAT, CONV, LINEAR, MATMUL, SDPA, SHAPE_ONLY, argument, calls, cat_operands, name_of,
-                                       shape, subgraphs, value)
+                                       shape, subgraphs, through_shapes, value)
 
 from .record import Record
+from .spread_moves import spread_moves
 
 SOFTMAX = {"softmax"}
 TRANSPOSES = {"transpose", "swapaxes", "permute", "mT", "t"}
-CASTS = {"to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous"}
+CASTS = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "_to_copy"}
 FITS = {"expand", "view", "reshape", "repeat", "tile"}  # what these do to a tensor that has the shape already
-COPIES = {"repeat_interleave", "repeat", "tile"}
+COPIES = {"repeat_interleave", "repeat", "tile", "_to_copy"}
 SPLITS = {"chunk", "split", "tensor_split", "split_with_sizes"}
 # Functions (input, other, ...) whose operands some matcher reads.
 READ = SHAPE_ONLY | SOFTMAX | {"matmul", "bmm", "mul", "multiply", "div", "divide", "truediv", "add", "sub", "dropout",
@@ -51,15 +54,20 @@ def normalize(module: GraphModule) -> Record:
                 _fuse(graph_module.graph, node, *found)
                 record.count += 1
                 record.details.append(f"{node.name}: hand-written attention folded into one node")
+            elif calls(node, SDPA) and isinstance(mask := argument(node, 3, "attn_mask"), Node) and _masks_nothing(mask):
+                node.args = tuple(None if a is mask else a for a in node.args)
+                node.kwargs = {name: a for name, a in node.kwargs.items() if a is not mask}
+                record.count += 1
+        record.count += spread_moves(graph_module)
     return record
 
 
 def _positional(node: Node) -> None:
     """Operands given by name to their positions, which is where matching looks for them."""
-    if node.op != "call_function" or not (calls(node, SDPA | LINEAR | CONV) or name_of(node) in READ):
+    if node.op != "call_function" or not (calls(node, SDPA | LINEAR | CONV | CAT) or name_of(node) in READ):
         return
     names = ("query", "key", "value") if calls(node, SDPA) else ("input", "weight") if calls(node, LINEAR | CONV) \
-        else ("input", "mat2") if name_of(node) == "bmm" else ("input", "other")
+        else ("tensors",) if calls(node, CAT) else ("input", "mat2") if name_of(node) == "bmm" else ("input", "other")
     args, kwargs = list(node.args), dict(node.kwargs)
     while len(args) < len(names) and names[len(args)] in kwargs:
         args.append(kwargs.pop(names[len(args)]))
@@ -91,7 +99,7 @@ def _same_value(node: Node) -> Node | None:
     if name == "dropout":
         return first if argument(node, 1, "p", default=0.5) == 0.0 or not argument(node, 2, "training", default=True) else None
     plain = not node.kwargs.get("copy") and node.kwargs.get("memory_format") is None and not any(a is True for a in node.args[1:])
-    return first if (name in CASTS and plain or name in FITS) and _alike(value(node), value(first), name == "contiguous") else None
+    return first if (name in CASTS | {"contiguous"} and plain or name in FITS) and _alike(value(node), value(first), name == "contiguous") else None
 
 
 def _alike(one, other, strided: bool) -> bool:
@@ -100,6 +108,20 @@ def _alike(one, other, strided: bool) -> bool:
         return False
     layout = lambda x: (x.dtype, x.device, str(tuple(x.shape)), str(x.stride()) if strided else "")
     return layout(one) == layout(other)
+
+
+def _cast(node: Node) -> Node | None:
+    """What a node gives in another dtype, or in the same; None if it is no cast."""
+    is_cast = node.op in ("call_function", "call_method") and name_of(node) in CASTS and isinstance(value(node), torch.Tensor)
+    return node.args[0] if is_cast and isinstance(node.args[0], Node) else None
+
+
+def _masks_nothing(mask: Node) -> bool:
+    """Whether a mask is all true or, to be added, all zeros, as the graph itself says."""
+    made, kept = through_shapes(mask), getattr(value(mask), "dtype", None) is torch.bool
+    number = argument(made, 2 if name_of(made) == "new_full" else 1, "fill_value") if "full" in name_of(made) else \
+        {"ones": 1, "zeros": 0}.get(name_of(made).removeprefix("new_").removesuffix("_like"))
+    return isinstance(number, (int, float)) and bool(number) == kept and made.op.startswith("call") and not writers(made)
 
 
 def _swapped(node: Node) -> Node | None:
@@ -123,6 +145,8 @@ def _swapped(node: Node) -> Node | None:
 def _scaled(node: Node) -> tuple[Node, float]:
     """x and c of a node that is x * c or x / c with a number c (c = 1 if it is neither)."""
     name = name_of(node)
+    if name in ("mul_", "div_") and len(node.args[0].users) == 1 and not name_of(node.args[0]) in SHAPE_ONLY:
+        name = name[:-1]  # in place, of what nobody else reads
     if node.op in ("call_function", "call_method") and name in ("mul", "multiply", "truediv", "div", "divide"):
         a, b = node.args[:2]
         if isinstance(a, Node) and isinstance(b, (int, float)):
@@ -145,8 +169,12 @@ def _einsum(node: Node, *, keys: bool) -> tuple[Node, Node] | None:
 
 
 def _scores(node: Node) -> tuple[Node, Node, float] | None:
-    """q, k and the scale of scores q k^T * scale."""
-    node, scale = _scaled(node)
+    """q, k and the scale of scores q k^T * scale, seen through casts and through zeros that are added."""
+    if name_of(node) == "add" and all(isinstance(a, Node) for a in node.args[:2]) and not node.kwargs and _masks_nothing(node.args[1]):
+        node = node.args[0]
+    node, scale = _scaled(_cast(node) or node)
+    node, more = _scaled(_cast(node) or node)
+    scale *= more
     if (read := _einsum(node, keys=True)) is not None:
         q, k = read
     elif (calls(node, MATMUL) or node.target is operator.matmul) and isinstance(node.args[1], Node):
@@ -168,15 +196,27 @@ def _attention(node: Node) -> tuple[Node, Node, Node, float] | None:
         p, v = node.args[:2]
     else:
         return None
+    # Scores and softmax in fp32, as SDPA computes them in any dtype, are given in the values' dtype.
+    if isinstance(p, Node) and (cast := _cast(p)) is not None and len(p.users) == 1:
+        p = cast
     if not isinstance(p, Node) or not isinstance(v, Node) or name_of(p) not in SOFTMAX or len(p.users) != 1:
         return None
-    if len(shape(node) or ()) != 4 or argument(p, 1, "dim") not in (-1, 3) or argument(p, 2, "dtype") is not None:
+    if len(shape(node) or ()) != 4 or argument(p, 1, "dim") not in (-1, 3) or argument(p, 2, "dtype") not in (None, torch.float32):
         return None
     scores = p.args[0]
     if len(scores.users) != 1 or (found := _scores(scores)) is None:
         return None
     q, k, scale = found
-    return q, k, v, scale
+    q, k = (_of_dtype(x, v) for x in (q, k))
+    return None if q is None or k is None else (q, k, v, scale)
+
+
+def _of_dtype(x: Node, like: Node) -> Node | None:
+    """x, or what it is a cast of, in the dtype of ``like``; None if neither has it."""
+    for found in (x, _cast(x)):
+        if found is not None and value(found).dtype == value(like).dtype:
+            return found
+    return None
 
 
 def _fuse(graph: torch.fx.Graph, node: Node, q: Node, k: Node, v: Node, scale: float) -> None:

@@ -12,6 +12,7 @@ latent frames, *text* otherwise.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from torch.fx import GraphModule, Node
 
@@ -60,13 +61,33 @@ class AttentionSite:
 
 def token_grids(module: GraphModule) -> list[tuple[int, int]]:
     """Rows and columns of tokens in a frame, as the patch embeddings (convolutions over frames) of the graph give them."""
-    found = []
-    for node in module.graph.nodes:
-        s = shape(node) if calls(node, CONV) else None
-        if s is not None and len(s) >= 4 and isinstance(s[-1], int) and isinstance(s[-2], int):
-            if (s[-2], s[-1]) not in found:
-                found.append((s[-2], s[-1]))
-    return found
+    return list(dict.fromkeys(_grid(n) for n in module.graph.nodes if calls(n, CONV) and _grid(n)))
+
+
+def _grid(node: Node) -> tuple[int, int] | None:
+    """Rows and columns of what a convolution over frames gives."""
+    s = shape(node)
+    return s[-2:] if s is not None and len(s) >= 4 and all(isinstance(n, int) for n in s[-2:]) else None
+
+
+def _embeddings(module: GraphModule) -> list[tuple]:
+    """Shapes [B, C, T, H, W] of what convolutions over videos give: with one over images, B and T cannot be told apart."""
+    return [s for n in module.graph.nodes if calls(n, CONV) and len(s := shape(n) or ()) == 5]
+
+
+def _nearest_first(module: GraphModule, region: str, node: Node, grids: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The grids, first the one of the convolution that the tokens went through last: a UNet or a pyramid has several."""
+    if len(grids) < 2:
+        return grids
+    order = {n: i for i, n in enumerate(module.graph.nodes)}
+    above = [n for n in ancestors(_where_called(module, region, node)) if calls(n, CONV) and _grid(n) in grids]
+    return sorted(grids, key=lambda g: -max((order[n] for n in above if _grid(n) == g), default=-1))
+
+
+def _times(*sizes) -> int | None:
+    """The product of sizes, as they were traced; None if one of them is unknown."""
+    numbers = [hint(n) for n in sizes]
+    return None if None in numbers else math.prod(numbers)
 
 
 def projection_inputs(node: Node) -> tuple[set[Node], list[Node]]:
@@ -132,12 +153,22 @@ def read_site(module: GraphModule, region: str, node: Node, grids: list[tuple[in
         return refuse("the keys of the current tokens are not one segment at the end")
     if not known(shape(keys[-1])[2] == q_shape[2]):
         return refuse(f"{q_shape[2]} queries but {shape(keys[-1])[2]} keys of the current tokens")
+    tokens = _times(q_shape[0], q_shape[2])
+    rows = [_times(*shape(n)[:-1]) for n in linears]
+    if tokens is not None and None not in rows and not any(r and tokens % r == 0 for r in rows):
+        return refuse(f"{q_shape[0]} x {q_shape[2]} queries of {rows[0]} projected tokens: it attends among channels")
+    grids = _nearest_first(module, region, node, grids)
     grid = next((g for g in grids if known(q_shape[2] % (g[0] * g[1]) == 0)), None)
     if grid is None:
         known_grids = ", ".join(f"{h} x {w}" for h, w in grids) or "none found in a patch embedding"
         return refuse(f"{q_shape[2]} tokens are no whole number of latent frames (token grids: {known_grids}); "
                       "give sparse.grid=(rows, columns)")
     per_frame = grid[0] * grid[1]
+    branches = branch_count(query)
+    if per_frame > 1 and known(q_shape[0] % per_frame == 0) and not any(
+            s[-2:] == grid and known(s[0] * branches == q_shape[0]) for s in _embeddings(module)):
+        return refuse(f"it runs along {q_shape[0]} sequences, a number of whole frames of {per_frame} tokens: temporal attention, "
+                      "each place of a frame by itself")
     roles = [CURRENT if f else CONTEXT if known(shape(k)[2] % per_frame == 0) else TEXT for k, f in zip(keys, fresh)]
     # Cached keys of a dynamic number of frames: nothing in the graph says that they are whole frames, but for their size.
     before = shape(keys[-2])[2] if len(keys) > 1 and CONTEXT not in roles else None
@@ -153,7 +184,7 @@ def read_site(module: GraphModule, region: str, node: Node, grids: list[tuple[in
     return AttentionSite(
         node, region, query,
         [Segment(k, v, shape(k)[2], r) for k, v, r in zip(keys, values, roles)],
-        argument(node, 6, "scale"), grid, kind, branch_count(query), sites,
+        argument(node, 6, "scale"), grid, kind, branches, sites,
         [_layer(module, region, call, through_shapes(linears[0].args[1])) for call in sites])
 
 

@@ -24,6 +24,8 @@ from .loop_body import Body, find_body, same_graph
 from .loop_calls import find_runs
 from .loop_update import Updates, read_updates
 
+ARITHMETIC_NAMES = {"add", "sub", "rsub", "mul", "div", "truediv", "neg", "lerp", "multiply", "divide", "subtract"}
+
 
 @dataclasses.dataclass
 class DenoisingLoop:
@@ -52,10 +54,10 @@ def find_loop(module: GraphModule) -> tuple[DenoisingLoop | None, list[Miss]]:
     in groups of two and more.
     """
     nodes, first = list(module.graph.nodes), None
-    for pieces in find_runs(module):
+    for pieces, before in find_runs(module):
         for branches in (g for g in range(1, len(pieces) // 2 + 1) if len(pieces) % g == 0):
             steps = [sum(pieces[i:i + branches], []) for i in range(0, len(pieces), branches)]
-            read = _read_loop(nodes, steps, branches)
+            read = _read_loop(nodes, steps, branches, before)
             if isinstance(read, DenoisingLoop):
                 return read, []
             first = first or read
@@ -63,7 +65,8 @@ def find_loop(module: GraphModule) -> tuple[DenoisingLoop | None, list[Miss]]:
                                 "the whole sampling loop as one function, or call the model inside a Session's chunk")]
 
 
-def _read_loop(nodes: list[Node], steps: list[list[Node]], branches: int) -> DenoisingLoop | Miss:
+def _read_loop(nodes: list[Node], steps: list[list[Node]], branches: int, before: list[Node]) -> DenoisingLoop | Miss:
+    """before: anchors of a call like these that is not among the steps. What it gave may be read by all, and is no time."""
     refuse = lambda reason, node: Miss("denoising loop", node.name, reason, source_line(node))
     order = {n: i for i, n in enumerate(nodes)}
     ends = [order[s[0]] for s in steps[1:]] + [len(nodes)]
@@ -86,10 +89,11 @@ def _read_loop(nodes: list[Node], steps: list[list[Node]], branches: int) -> Den
             written = next((n for n in descendants(outputs[i - 1]) if name_of(n) in WRITES and order[n] < order[steps[i][0]]), None)
             return refuse(f"call {i} does not depend on call {i - 1}: a repeated model, but no loop" if written is None else
                           f"what call {i - 1} gives is written in place ({name_of(written)}); make a new state instead", steps[i][0])
-        fixed = [set(ancestors(s)) - descendants([o for out in outputs[:i] for o in out], free) for s in steps[i - 1:i + 1]]
+        given = [*before, *(o for out in outputs[:i] for o in out)]
+        fixed = [set(ancestors(s)) - descendants(given, free) - set(given) for s in steps[i - 1:i + 1]]
         known = {numbers[n] for n in fixed[0]}
         fresh = {n for n in fixed[1] if numbers[n] not in known}
-        if not fresh:
+        if not _told(fresh, steps[i], set(ancestors(steps[i])) & descendants(given), order):
             return refuse(f"call {i} differs from call {i - 1} in nothing but the state, not even a time: repeated "
                           "layers, no denoising loop", steps[i][0])
         if not _bypasses(outputs[i - 1], steps[i - 1], steps[i], fresh):
@@ -97,7 +101,7 @@ def _read_loop(nodes: list[Node], steps: list[list[Node]], branches: int) -> Den
                           steps[i][0])
     form = "regions" if any(n.target is REGION for s in steps for n in s) else "unrolled"
     body = body or _fold(steps, outputs, branches)
-    if isinstance(body, Body) and (why := _rewritten(body, branches, nodes, numbers)) is not None:
+    if isinstance(body, Body) and (why := _rewritten(body, body.calls // len(steps), nodes, numbers)) is not None:
         return refuse(*why)
     if isinstance(body, Body) and (data := _data(body, outputs, numbers)) is not None:
         return refuse(f"the calls read different data, each as much as a state ({data.name}): a loop over a sequence, no "
@@ -131,7 +135,7 @@ def _data(body: Body, outputs: list[list[Node]], numbers: dict[Node, int]) -> No
 def _rewritten(body: Body, branches: int, nodes: list[Node], numbers: dict[Node, int]) -> tuple[str, Node] | None:
     """Why a call's writes into inputs (a cache of keys and values) are not made again by the last call, with the node.
 
-    They are if all steps write in the same places of the same tensors and, until the last has, nobody else reads these.
+    branches: calls a step in the body. They are if all steps write in the same places of the same tensors and, until the last has, nobody else reads these.
     """
     inside, bases = {n for k in body.nodes for n in k}, set()
     for corresponding in body.nodes:
@@ -212,6 +216,18 @@ def _bypasses(outputs: list[Node], before: list[Node], after: list[Node], fresh:
                     and _is_state(operand, outputs):
                 return True
     return False
+
+
+def _told(fresh: set[Node], step: list[Node], later: set[Node], order: dict[Node, int]) -> bool:
+    """Whether the model itself reads something fresh, and not only the arithmetic between two calls (later: what depends on
+    the last call) that makes the next state."""
+    update = {n for n in later - descendants(step) - set(step) if name_of(n) in ARITHMETIC_NAMES | SHAPE_ONLY}
+    told: set[Node] = set()
+    inside = {*ancestors(step)}
+    for node in sorted(fresh, key=order.get, reverse=True):
+        if node in step or any(u in told or u not in fresh and u not in update for u in node.users if u in inside):
+            told.add(node)
+    return bool(told)
 
 
 def _is_state(node: Node, outputs: list[Node]) -> bool:

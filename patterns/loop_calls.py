@@ -22,8 +22,9 @@ from .graph import (CONV, LINEAR, MATMUL, REGION, SDPA, calls, is_parameter, nam
 MOST = 16  # runs that are looked at: beyond, a graph repeats itself in too many ways to be a sampling loop
 
 
-def find_runs(module: GraphModule) -> Iterator[list[list[Node]]]:
-    """Lists of two and more equal pieces of a graph's anchors, the run that covers most anchors first.
+def find_runs(module: GraphModule) -> Iterator[tuple[list[list[Node]], list[Node]]]:
+    """Lists of two and more equal pieces of a graph's anchors, the run that covers most anchors first; each with the piece like
+    them that stands before it and was left out, if any.
 
     The last run is given with its phase from either end, and again without its first and its last piece: what stands
     before a loop (an encoding of the context by the same model) may look like one call more.
@@ -35,7 +36,7 @@ def find_runs(module: GraphModule) -> Iterator[list[list[Node]]]:
         for first, pieces in ((start, count), (start + period, count - 1), (start, count - 1)):
             if pieces >= 2 and (first, period, pieces) not in seen:
                 seen.add((first, period, pieces))
-                yield [anchors[first + i * period:first + (i + 1) * period] for i in range(pieces)]
+                yield [anchors[first + i * period:first + (i + 1) * period] for i in range(pieces)], anchors[start:first]
 
 
 def region_weights(sub: GraphModule) -> list[int]:

@@ -90,11 +90,8 @@ def _times(reader: Reader, nodes: tuple[Node, ...]) -> list[sympy.Expr] | None:
     found = []
     for node in nodes:
         source = _narrowest(node)
-        if name_of(source) in FILLED and source.op in ("call_function", "call_method"):
-            fill = argument(source, FILLED[name_of(source)], "fill_value", "value")
-            read = reader.read(fill) if isinstance(fill, Node) else number(fill)
-        else:
-            read = reader.read(source)
+        read = _filled(reader, source)
+        read = reader.read(source) if read is None else read
         if isinstance(read, Linear | Blocks):
             return None
         found.append(read)
@@ -103,6 +100,22 @@ def _times(reader: Reader, nodes: tuple[Node, ...]) -> list[sympy.Expr] | None:
     if len(set(found)) < len(found) or numbers and not (all(r > 0 for r in rises) or all(r < 0 for r in rises)):
         return None
     return found
+
+
+def _filled(reader: Reader, node: Node) -> sympy.Expr | None:
+    """What a tensor is filled with: full_like(x, t), ones_like(x) * t."""
+    name = name_of(node)
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if name in FILLED:
+        fill = argument(node, FILLED[name], "fill_value", "value")
+        return reader.read(fill) if isinstance(fill, Node) else number(fill)
+    if name in ("ones", "ones_like", "new_ones"):
+        return number(1)
+    if name in ("mul", "multiply") and len(node.args) == 2:
+        factors = [number(x) if isinstance(x, (int, float)) else _filled(reader, x) for x in node.args]
+        return None if None in factors else factors[0] * factors[1]
+    return None
 
 
 def _narrowest(node: Node) -> Node:
