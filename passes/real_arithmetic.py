@@ -61,7 +61,8 @@ def _follows(node: Node) -> bool:
     if name in PRODUCTS:
         return len(node.args) == 2 and bool(complex_) and all(isinstance(x, Node) and isinstance(value(x), torch.Tensor) for x in node.args)
     if name in CASTS:
-        return bool(complex_) and value(node).dtype in HALF and set(node.kwargs) <= {"dtype"} and len(node.args) <= 2
+        return bool(complex_) and value(node).dtype in HALF and set(node.kwargs) <= {"dtype"} and len(node.args) <= 2 \
+            and value(node).device == value(complex_[0]).device
     return name in MOVES and bool(complex_) and not node.kwargs.keys() - {"dim", "dims", "axis", "repeats"}
 
 
