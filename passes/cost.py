@@ -6,7 +6,9 @@ operators the bytes of what they read and write. Everything else is left out of 
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 from torch.fx import GraphModule, Node
@@ -60,15 +62,31 @@ def _sparse(q: Node, lengths, roles, height, width, tile, block, topk, prefill, 
     return int(4 * batch * heads_ * n * dim * sum(lengths) * ratio)
 
 
-def cost(module: GraphModule) -> tuple[int, int]:
-    """(operations, bytes) of one run of a graph whose nodes carry example values; regions count once a call."""
-    operations = moved = 0
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A node that multiplies matrices: operations and bytes of one run, dtype of its operands, and how often it runs."""
+
+    node: Node
+    operations: int
+    bytes: int
+    dtype: torch.dtype
+    runs: int
+
+
+def products(module: GraphModule, runs: int = 1) -> Iterator[Product]:
+    """Every product of a graph whose nodes carry example values, and of the regions that it calls."""
+    called: dict[str, int] = {}
     for node in module.graph.nodes:
         if node.target is REGION:
-            more = cost(getattr(module, node.args[0].target))
-            operations, moved = operations + more[0], moved + more[1]
+            called[node.args[0].target] = called.get(node.args[0].target, 0) + runs
         elif (count := _operations(node)) is not None:
-            operations += count
             tensors = [value(n) for n in (node, *node.all_input_nodes) if isinstance(value(n), torch.Tensor)]
-            moved += sum(_size(t) * t.element_size() for t in tensors)
-    return operations, moved
+            yield Product(node, count, sum(_size(t) * t.element_size() for t in tensors), tensors[-1].dtype, runs)
+    for name, times in called.items():
+        yield from products(getattr(module, name), times)
+
+
+def cost(module: GraphModule) -> tuple[int, int]:
+    """(operations, bytes) of one run of a graph whose nodes carry example values; regions count once a call."""
+    every = list(products(module))
+    return sum(p.runs * p.operations for p in every), sum(p.runs * p.bytes for p in every)

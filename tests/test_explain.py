@@ -76,7 +76,15 @@ def test_a_graph_break_is_reported_and_each_piece_is_explained():
         return x * 2
 
     report = li_compile.explain(broken, torch.randn(3))
-    assert len(report.graphs) == 2 and report.breaks
+    assert len(report.graphs) == 2
+    (one,) = report.breaks
+    file, line = one.where.rsplit(":", 1)
+    assert file == __file__ and "print" in open(file).read().splitlines()[int(line) - 1]
+    assert one.code == 'print("break")' and one.times == 1 and "builtin" in one.reason and any("print" in a for a in one.advice)
+    assert "no family is known" in one.preparation
+    assert "print(&#34;break&#34;)" in report.html() and one.where in str(report).replace("\n", "")
+    named = li_compile.explain(broken, torch.randn(3), config=li_compile.Config(family="doom_world"))
+    assert "doom_world has none" in named.breaks[0].preparation
 
 
 def test_compile_checks_at_once_and_detaches(tiny_chunk):
