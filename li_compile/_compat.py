@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -103,11 +104,18 @@ def static_fakes(inputs: Sequence[Any], devices: Sequence[torch.device | None] |
     return mode, fakes
 
 
-def graph_breaks() -> list[str]:
-    """Reasons of the graph breaks that Dynamo met since its last reset (2.11 to 2.14: ``counters``)."""
-    from torch._dynamo.utils import counters
+def forget_breaks() -> None:
+    """Begin a new list of graph breaks (2.11 to 2.14: ``graph_break_reasons``)."""
+    from torch._dynamo.utils import graph_break_reasons
 
-    return [f"{reason.splitlines()[0]} ({count} x)" for reason, count in counters["graph_break"].items()]
+    graph_break_reasons.clear()
+
+
+def graph_breaks() -> list[tuple[str, list[traceback.FrameSummary]]]:
+    """(reason, the user's stack with the innermost frame last) of the graph breaks since ``forget_breaks``."""
+    from torch._dynamo.utils import graph_break_reasons
+
+    return [(why.reason, list(why.user_stack)) for why in graph_break_reasons if why.graph_break]
 
 
 def memory_of(x: torch.Tensor) -> tuple | None:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
 from li_compile import _compat, patterns
+from li_compile.breaks import breaks_met, preparation_of
 from li_compile.config import Config
-from li_compile.patterns.graph import hint, placeholders, value
-from li_compile.pipeline import Facts, build, canonical, match, report_of
-from li_compile.report import Report
+from li_compile.outlines import outline
+from li_compile.passes.cost import Product, products
+from li_compile.patterns.attention import ROLE_NAMES
+from li_compile.patterns.graph import hint, name_of, placeholders, source_line, value
+from li_compile.pipeline import Facts, build, canonical, family_of, match, report_of
+from li_compile.report import GraphReport, PassEffect, Report, SiteReport, Work
 from li_compile.reuse import can_reuse
+from li_compile.roofline import Machine, machine_of
+
+SITE = "li_site"  # in a node's meta: number of the attention site that it is, or came from
 
 
 def explain(fn: Callable[..., Any], *args: Any, config: Config | None = None, **kwargs: Any) -> Report:
@@ -24,14 +33,14 @@ def explain(fn: Callable[..., Any], *args: Any, config: Config | None = None, **
     defaults (preset "all").
 
     Graphs are traced and rewritten on fake tensors and no kernel of the model runs: behind each graph, its outputs are
-    zeros of the right shapes. Returns a Report: print it, or take ``to_dict()``; ``graphs`` has the
+    zeros of the right shapes. Returns a Report: print it, take ``to_dict()``, or write ``html(path)``. ``graphs`` has the
     sites found, the misses with their reasons and source lines, and for each variant what every pass did and the
-    operations and bytes of its products. Where a graph breaks, ``breaks`` says so; each piece is reported on its own.
+    operations, bytes and roofline milliseconds of its products. Where a graph breaks, ``breaks`` says at which line; each
+    piece is reported on its own.
     """
     config = Config() if config is None else config
     report = Report(config.to_options())
-    _trace(fn, args, kwargs, report, config)
-    frames = {f for g in report.graphs if (f := g.found.pop("_constant_context", None))}
+    frames = _trace(fn, args, kwargs, report, config, settled=False)
     if frames:
         # The context length was a constant. As in a rollout, where lengths differ from chunk to chunk, make it dynamic.
         for tensor in tree_leaves((args, kwargs)):
@@ -40,34 +49,85 @@ def explain(fn: Callable[..., Any], *args: Any, config: Config | None = None, **
                     torch._dynamo.maybe_mark_dynamic(tensor, dim)
         report.graphs.clear()
         report.breaks.clear()
-        _trace(fn, args, kwargs, report, config)
-        for graph in report.graphs:
-            graph.found.pop("_constant_context", None)
+        _trace(fn, args, kwargs, report, config, settled=True)
     return report
 
 
-def _trace(fn: Callable[..., Any], args: tuple, kwargs: dict, report: Report, config: Config) -> None:
+def _trace(fn: Callable[..., Any], args: tuple, kwargs: dict, report: Report, config: Config, settled: bool) -> set[int]:
+    """Trace into the report. Returns the context lengths that were constants, of graphs that were not rewritten for that
+    reason; settled: rewrite in any case."""
+    constant: set[int] = set()
+
     def record(module, example_inputs):
         fakes = [value(p) for p in placeholders(module.graph)]
         facts = match(canonical(module, fakes), config)
         graph = report_of(len(report.graphs), facts)
         report.graphs.append(graph)
         decode = [s for s in facts.sites if s.kind == "decode"]
-        if decode and isinstance(decode[0].frames(patterns.CONTEXT), int):
-            graph.found["_constant_context"] = decode[0].frames(patterns.CONTEXT)
-        for kept, reuse in _variants(facts, config):
-            mode, static = _static(facts, fakes, kept)
-            graph.variants.append(build(facts, config, static, mode, kept=kept, reuse=reuse)[1])
+        length = decode[0].frames(patterns.CONTEXT) if decode else None
+        if isinstance(length, int) and not settled:
+            constant.add(length)
+        else:
+            _rewrite(facts, fakes, graph, report, config)
         results = next(n for n in module.graph.nodes if n.op == "output").args[0]
         return lambda *real: tuple(_zeros(value(r)) if isinstance(r, torch.fx.Node) else r for r in results)
 
     torch._dynamo.reset()
+    _compat.forget_breaks()
     try:
         with torch.no_grad():
             torch.compile(fn, backend=record)(*args, **kwargs)
+        report.breaks.extend(breaks_met(preparation_of(family_of(config))))
     finally:
         torch._dynamo.reset()
-    report.breaks.extend(_compat.graph_breaks())
+    return constant
+
+
+def _rewrite(facts: Facts, fakes: list[Any], graph: GraphReport, report: Report, config: Config) -> None:
+    """Build each variant that is worth showing, and price the graph, its sites and what every pass does."""
+    for i, site in enumerate(facts.sites):
+        site.node.meta[SITE] = i
+    work = list(products(facts.module))
+    if report.machine is None:
+        device = next((x.device for x in fakes if isinstance(x, torch.Tensor)), torch.device("cpu"))
+        report.machine = machine_of(device, {p.dtype for p in work})
+    price = partial(_price, report.machine)
+    graph.ms, graph.outline = price(work).ms, outline(facts.module)
+    graph.sites = [SiteReport(s.node.name, _pattern(s), source_line(s.node), sum(p.runs for p in work if p.node is s.node),
+                              price(p for p in work if p.node is s.node)) for s in facts.sites]
+    for kept, reuse in _variants(facts, config):
+        mode, static = _static(facts, fakes, kept)
+        effects, last = [], price(work)
+
+        def observe(name: str, module: torch.fx.GraphModule) -> None:
+            nonlocal last
+            now = price(products(module))
+            effects.append(PassEffect(name, last - now))
+            last = now
+
+        module, variant = build(facts, config, static, mode, kept=kept, reuse=reuse, observe=observe)
+        after = list(products(module))
+        variant.ms, variant.effects, variant.outline = price(after).ms, effects, outline(module)
+        graph.variants.append(variant)
+        for i, site in enumerate(graph.sites):
+            mine = [p for p in after if p.node.meta.get(SITE) == i]
+            operators = Counter()
+            for p in mine:
+                operators[name_of(p.node)] += p.runs
+            site.after[variant.label] = price(mine), ", ".join(f"{n} {name}" for name, n in operators.items()) or "not run"
+
+
+def _price(machine: Machine, work: Iterable[Product]) -> Work:
+    work = list(work)
+    return Work(sum(p.runs * p.operations for p in work), sum(p.runs * p.bytes for p in work), machine.milliseconds(work))
+
+
+def _pattern(site: patterns.AttentionSite) -> str:
+    """What matched a site, in words: its kind and segments, and the registered spelling that brought it here, if any."""
+    segments = " | ".join(f"{ROLE_NAMES[s.role]} {s.length}" for s in site.segments)
+    branches = f", {site.branches} branches" if site.branches > 1 else ""
+    spelling = site.node.meta.get("li_pattern")
+    return f"{site.kind}, keys [{segments}]{branches}" + (f", written as {spelling}" if spelling else "")
 
 
 def _variants(facts: Facts, config: Config) -> list[tuple[int | None, bool]]:

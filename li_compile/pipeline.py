@@ -118,10 +118,11 @@ def match(module: GraphModule, config: Config) -> Facts:
 
 @dataclasses.dataclass
 class Base:
-    """A graph after the passes that all variants of one context length share."""
+    """A graph after the passes that all variants of one context length share. observe: told of each pass that was done."""
 
     module: GraphModule
     records: list[Record]
+    observe: Callable[[str, GraphModule], None] | None = None
 
 
 def report_of(index: int, facts: Facts) -> GraphReport:
@@ -145,23 +146,25 @@ def report_of(index: int, facts: Facts) -> GraphReport:
 
 
 def build(facts: Facts, config: Config, inputs: Sequence[Any], mode, *, kept: int | None, reuse: bool,
-          base: Base | None = None) -> tuple[GraphModule, VariantReport]:
-    """Run the passes for one variant. base: what ``prepare`` gave for this context length, if it was run before."""
-    base = base or prepare(facts, config, inputs, mode, kept)
-    variant = Base(copy.deepcopy(base.module), list(base.records))
+          base: Base | None = None, observe: Callable[[str, GraphModule], None] | None = None) -> tuple[GraphModule, VariantReport]:
+    """Run the passes for one variant. base: what ``prepare`` gave for this context length, if it was run before.
+    observe: called with each pass's name and the graph after it."""
+    base = base or prepare(facts, config, inputs, mode, kept, observe)
+    variant = Base(copy.deepcopy(base.module), list(base.records), observe)
     apply_reuse(partial(_apply, variant, config, inputs, mode), facts, config, reuse)
     flops, moved = cost(variant.module)
     return variant.module, VariantReport(kept, reuse, variant.records, flops, moved)
 
 
-def prepare(facts: Facts, config: Config, inputs: Sequence[Any], mode, kept: int | None) -> Base:
+def prepare(facts: Facts, config: Config, inputs: Sequence[Any], mode, kept: int | None,
+            observe: Callable[[str, GraphModule], None] | None = None) -> Base:
     """Run the passes that all variants of one context length share: exact first, then approximate.
 
     inputs: fake tensors of mode, already of the kept context length; where only cached keys and values are at hand, of the
     length as it is, with the vector of kept frames after them. A pass that fails leaves the graph as it was,
     with a warning, or raises RewriteError under ``strict``; pruning cannot be left out, and raises in any case.
     """
-    base = Base(copy.deepcopy(facts.module), [])
+    base = Base(copy.deepcopy(facts.module), [], observe)
     apply = partial(_apply, base, config, inputs, mode)
     if kept is not None and facts.context.at_source:
         apply("prune_context", lambda m: prune_context(m, facts.context, kept), needed=True)
@@ -209,6 +212,8 @@ def _apply(base: Base, config: Config, inputs: Sequence[Any], mode, name: str, r
         record.flops, record.bytes = (old - new for old, new in zip(cost(base.module), cost(trial)))
         base.module = trial
         base.records.append(record)
+        if base.observe is not None:
+            base.observe(name, trial)
 
 
 def _grid(facts: Facts) -> tuple[int, int] | None:

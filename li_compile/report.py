@@ -3,18 +3,64 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from li_compile.breaks import Break
+    from li_compile.outlines import Outline
+    from li_compile.roofline import Machine
+
+
+@dataclasses.dataclass
+class Work:
+    """Operations, bytes and, at the device's roofline, milliseconds of products (passes/cost.py, roofline.py)."""
+
+    flops: int
+    bytes: int
+    ms: float
+
+    def __sub__(self, other: Work) -> Work:
+        return Work(self.flops - other.flops, self.bytes - other.bytes, self.ms - other.ms)
+
+
+@dataclasses.dataclass
+class PassEffect:
+    """What one pass saved in one variant. Negative numbers: it costs that much."""
+
+    name: str
+    saved: Work
+
+
+@dataclasses.dataclass
+class SiteReport:
+    """One attention that was matched. pattern: by what; where: the user's line; times: how often it runs, over layers and
+    steps; before: its work as traced, all times together; after: the same in each variant, by the variant's label, with
+    the operators that do it."""
+
+    node: str
+    pattern: str
+    where: str
+    times: int
+    before: Work
+    after: dict[str, tuple[Work, str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
 class VariantReport:
-    """One variant of a graph. kept: context frames (None: all that are given); reuse: cached steps."""
+    """One variant of a graph. kept: context frames (None: all that are given); reuse: cached steps.
+
+    Of ``explain`` alone: effects, of each pass; ms, at the roofline; outline, of the graph as rewritten.
+    """
 
     kept: int | None
     reuse: bool
     records: list[Any]  # of li_compile.passes.record.Record
     flops: int
     bytes: int
+    ms: float | None = None
+    effects: list[PassEffect] = dataclasses.field(default_factory=list)
+    outline: Outline | None = None
 
     @property
     def label(self) -> str:
@@ -28,7 +74,10 @@ class VariantReport:
 
 @dataclasses.dataclass
 class GraphReport:
-    """One graph that Dynamo traced. flops and bytes: as traced, of products only (passes/cost.py)."""
+    """One graph that Dynamo traced. flops and bytes: as traced, of products only (passes/cost.py).
+
+    Of ``explain`` alone: sites, the attention that was matched; ms, at the roofline; outline, of the graph as traced.
+    """
 
     index: int
     nodes: int
@@ -37,18 +86,30 @@ class GraphReport:
     flops: int = 0
     bytes: int = 0
     variants: list[VariantReport] = dataclasses.field(default_factory=list)
+    ms: float | None = None
+    sites: list[SiteReport] = dataclasses.field(default_factory=list)
+    outline: Outline | None = None
+
+    def left_alone(self) -> list[tuple[Any, int]]:
+        """Everything that was not matched or not rewritten, one for each pattern, reason and line, and how often."""
+        count: dict[tuple, list] = {}
+        for miss in [*self.misses, *dict.fromkeys(m for v in self.variants for r in v.records for m in r.misses)]:
+            count.setdefault((miss.pattern, miss.reason, miss.where), [miss, 0])[1] += 1
+        return [(miss, n) for miss, n in count.values()]
 
 
 @dataclasses.dataclass
 class Report:
-    """What the compiler did with a function: ``str(report)`` is a table, ``to_dict()`` plain data.
+    """What the compiler did with a function: ``str(report)`` is a table, ``to_dict()`` plain data, ``html()`` a page.
 
-    ``graphs`` holds one GraphReport for each graph that was traced, in order.
+    ``graphs`` holds one GraphReport for each graph that was traced, in order; ``breaks`` the places at which tracing
+    stopped; ``machine`` whose roofline the milliseconds are of (None where nothing was priced, as after compiling).
     """
 
     options: dict[str, Any]
     graphs: list[GraphReport] = dataclasses.field(default_factory=list)
-    breaks: list[str] = dataclasses.field(default_factory=list)
+    breaks: list[Break] = dataclasses.field(default_factory=list)
+    machine: Machine | None = None
 
     def counts(self) -> dict[str, int]:
         """Pass name -> the most sites that it rewrote in any variant, summed over graphs."""
@@ -66,34 +127,19 @@ class Report:
         """The report as plain data, fit for JSON."""
         return dataclasses.asdict(self)
 
-    def __rich_console__(self, console, options):
-        from rich.markup import escape
-        from rich.table import Table
+    def html(self, path: str | pathlib.Path | None = None) -> str:
+        """The report as one HTML page that needs nothing else; also written to ``path`` where that is given."""
+        from li_compile.report_page import page
 
-        for graph in self.graphs:
-            table = Table(title=f"Graph {graph.index}: {graph.nodes} nodes, {graph.flops / 1e9:.2f} GFLOP, "
-                                f"{graph.bytes / 1e6:.0f} MB in products", title_justify="left")
-            table.add_column("pattern or pass")
-            table.add_column("found / done")
-            table.add_column("GFLOP", justify="right")
-            table.add_column("MB", justify="right")
-            for name, what in graph.found.items():
-                table.add_row(escape(name), escape(str(what)))
-            for variant in graph.variants:
-                table.add_section()
-                table.add_row(f"[bold]{variant.label}", "", f"{variant.flops / 1e9:.2f}", f"{variant.bytes / 1e6:.0f}")
-                for record in variant.records:
-                    detail = "; ".join(dict.fromkeys(record.details)) or ("nothing to do" if not record.count else "")
-                    table.add_row(f"  {record.name}", escape(f"{record.count} x  {_short(detail)}"), *_saved(record))
-            misses = {(m.pattern, m.reason): m for v in graph.variants for r in v.records for m in r.misses}
-            misses |= {(m.pattern, m.reason): m for m in graph.misses}
-            if misses:
-                table.add_section()
-                for m in misses.values():
-                    table.add_row(f"[yellow]not {escape(m.pattern)}", escape(f"{m.node}: {m.reason}" + (f"  ({m.where})" if m.where else "")))
-            yield table
-        for line in self.breaks:
-            yield f"[red]graph break:[/red] {escape(line)}"
+        text = page(self)
+        if path is not None:
+            pathlib.Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def __rich_console__(self, console, options):
+        from li_compile.report_table import tables
+
+        yield from tables(self)
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -103,18 +149,8 @@ class Report:
         return console.export_text()
 
 
-def _saved(record) -> tuple[str, str]:
-    """What a pass took off, in GFLOP and MB; empty where it is nothing."""
-    text = lambda x, unit, digits: f"{-x / unit:+.{digits}f}" if abs(x) >= unit / 10**digits / 2 else ""
-    return text(record.flops, 1e9, 2), text(record.bytes, 1e6, 0)
-
-
 class _Null:
     def write(self, text: str) -> int:
         return len(text)
 
     def flush(self) -> None: ...
-
-
-def _short(text: str, most: int = 160) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"

@@ -6,7 +6,9 @@ operators the bytes of what they read and write. Everything else is left out of 
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 from torch.fx import GraphModule, Node
@@ -63,16 +65,38 @@ def _sparse(q: Node, lengths, roles, height, width, tile, block, topk, prefill, 
 def cost_of(node: Node) -> tuple[int, int]:
     """(operations, bytes) of one operator; (0, 0) for what is no product."""
     count = _operations(node)
-    if count is None:
-        return 0, 0
-    tensors = [value(n) for n in (node, *node.all_input_nodes) if isinstance(value(n), torch.Tensor)]
-    return count, sum(_size(t) * t.element_size() for t in tensors)
+    return (0, 0) if count is None else (count, sum(_size(t) * t.element_size() for t in _tensors(node)))
+
+
+def _tensors(node: Node) -> list[torch.Tensor]:
+    """What an operator writes, then what it reads."""
+    return [value(n) for n in (node, *node.all_input_nodes) if isinstance(value(n), torch.Tensor)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A node that multiplies matrices: operations and bytes of one run, dtype of its operands, and how often it runs."""
+
+    node: Node
+    operations: int
+    bytes: int
+    dtype: torch.dtype
+    runs: int
+
+
+def products(module: GraphModule, runs: int = 1) -> Iterator[Product]:
+    """Every product of a graph whose nodes carry example values, and of the regions that it calls."""
+    called: dict[str, int] = {}
+    for node in module.graph.nodes:
+        if node.target is REGION:
+            called[node.args[0].target] = called.get(node.args[0].target, 0) + runs
+        elif _operations(node) is not None:
+            yield Product(node, *cost_of(node), _tensors(node)[-1].dtype, runs)
+    for name, times in called.items():
+        yield from products(getattr(module, name), times)
 
 
 def cost(module: GraphModule) -> tuple[int, int]:
     """(operations, bytes) of one run of a graph whose nodes carry example values; regions count once a call."""
-    operations = moved = 0
-    for node in module.graph.nodes:
-        more = cost(getattr(module, node.args[0].target)) if node.target is REGION else cost_of(node)
-        operations, moved = operations + more[0], moved + more[1]
-    return operations, moved
+    every = list(products(module))
+    return sum(p.runs * p.operations for p in every), sum(p.runs * p.bytes for p in every)

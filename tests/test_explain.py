@@ -33,7 +33,7 @@ def test_a_chunk_is_explained_with_its_patterns_passes_and_costs(tiny_chunk):
     (graph,) = report.graphs
     assert set(graph.found) == {"attention, prefill", "attention, decode", "context", "denoising loop"}
     assert fired(report.counts()) == {
-        "prune_context": 8, "equal_rows": 14, "invariants": 51, "dead_tails": 1, "sparse_attention": 4, "pack_context": 4, "share_steps": 4,
+        "prune_context": 8, "equal_rows": 14, "invariants": 52, "dead_tails": 1, "sparse_attention": 4, "pack_context": 4, "share_steps": 4,
         "watch_steps": 1, "cached_steps": 2}
     kept, reusing = graph.variants
     assert (kept.kept, kept.reuse, reusing.kept, reusing.reuse) == (4, False, 8, True)
@@ -77,7 +77,15 @@ def test_a_graph_break_is_reported_and_each_piece_is_explained():
         return x * 2
 
     report = li_compile.explain(broken, torch.randn(3))
-    assert len(report.graphs) == 2 and report.breaks
+    assert len(report.graphs) == 2
+    (one,) = report.breaks
+    file, line = one.where.rsplit(":", 1)
+    assert file == __file__ and "print" in open(file).read().splitlines()[int(line) - 1]
+    assert one.code == 'print("break")' and one.times == 1 and "builtin" in one.reason and any("print" in a for a in one.advice)
+    assert "no family is known" in one.preparation
+    assert "print(&#34;break&#34;)" in report.html() and one.where in str(report).replace("\n", "")
+    named = li_compile.explain(broken, torch.randn(3), config=li_compile.Config(family="doom_world"))
+    assert "doom_world has none" in named.breaks[0].preparation
 
 
 def test_compile_checks_at_once_and_detaches(tiny_chunk):

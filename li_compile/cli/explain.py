@@ -17,6 +17,7 @@ def command(
     preset: Annotated[str, typer.Option(help="off, exact, context, sparse, cache or all.")] = "all",
     option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE, such as sparse.topk_ratio=0.25; repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    html: Annotated[pathlib.Path | None, typer.Option(help="Write the report as a page, with the graph before and after.")] = None,
 ) -> None:
     """Trace a function, find the patterns, and show what every pass would do; runs nothing of the model."""
     from rich.console import Console
@@ -34,6 +35,8 @@ def command(
     except LightInteractionError as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
+    if html is not None:
+        report.html(html)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=1, default=str))
     else:

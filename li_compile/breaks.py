@@ -1,0 +1,52 @@
+"""Graph breaks: where tracing stopped, at which of the user's lines, and whether something here would remove it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from li_compile import _compat
+
+
+@dataclasses.dataclass
+class Break:
+    """A place at which tracing stopped and began anew behind it; patterns that reach across are not found.
+
+    where: the user's line as ``file:line``, code: what stands there; reason, advice: PyTorch's; times: how often.
+    preparation: whether the family's preparation would remove it.
+    """
+
+    reason: str
+    where: str
+    code: str
+    advice: list[str]
+    times: int
+    preparation: str
+
+    def __str__(self) -> str:
+        return f"{self.reason} at {self.where or 'an unknown line'}: {self.code} ({self.times} x). {self.preparation}"
+
+
+def breaks_met(preparation: str) -> list[Break]:
+    """The graph breaks that Dynamo met since ``_compat.forget_breaks``, one for each reason and line."""
+    found: dict[tuple[str, str], Break] = {}
+    for text, frames in _compat.graph_breaks():
+        lines = text.splitlines()
+        reason = lines[0]
+        if reason.startswith("generic_jump"):
+            reason = "a branch on the contents of a tensor"
+        say = [line.partition(":")[2].strip() for line in lines if line.strip().startswith(("Explanation:", "Hint:"))]
+        last = frames[-1] if frames else None
+        where = f"{last.filename}:{last.lineno}" if last else ""
+        # A break inside a call is met again for every caller; it is one.
+        one = found.setdefault((reason, where), Break(reason, where, (last.line or "").strip() if last else "", say, 0, preparation))
+        one.times += 1
+    return list(found.values())
+
+
+def preparation_of(family) -> str:
+    """What the family's preparation does about breaks that are met, in a sentence."""
+    if family is None:
+        return "No preparation was tried: no family is known for this model (li-compile families)."
+    if getattr(family, "prepare", None) is None:
+        return f"No preparation would remove it: family {family.name} has none."
+    return f"The preparation of family {family.name} was in force and did not remove it."
