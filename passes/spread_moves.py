@@ -22,7 +22,7 @@ from li_compile.patterns.effects import target, writers
 from li_compile.patterns.graph import SDPA, SHAPE_ONLY, argument, calls, cat_operands, hint, known, name_of, shape, value
 
 KEEP = {"to", "float", "half", "bfloat16", "type", "type_as", "_to_copy", "contiguous", "clone", "detach", "alias"}
-RESHAPES = {"view", "reshape", "flatten", "unflatten", "_unsafe_view"}
+RESHAPES = {"view", "reshape", "_unsafe_view"}
 # An operand of a concatenation; the moves to copy onto it, last to first, each with the dimension that its result has the
 # segments along; its length.
 Piece = tuple[Node, list[tuple[Node, int]], Any]
@@ -90,6 +90,12 @@ def _after(node: Node, given, dim: int) -> int | None:
         return _reshaped(given.shape, shape(node), dim)
     if name not in SHAPE_ONLY:
         return None
+    if name == "unflatten":
+        at, sizes = argument(node, 1, "dim") % rank, argument(node, 2, "sizes", "unflattened_size")
+        return None if dim == at else dim + (len(sizes) - 1) * (dim > at)
+    if name == "flatten":
+        first, last = (argument(node, i, key, default=d) % rank for i, key, d in ((1, "start_dim", 0), (2, "end_dim", -1)))
+        return None if first <= dim <= last and first < last else dim - (last - first) * (dim > last)
     rest = list(node.args[1:])
     if name == "split" and rest:
         rest = rest[1:]  # the sizes

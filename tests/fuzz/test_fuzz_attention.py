@@ -60,7 +60,7 @@ def test_every_choice_alone():
 
 
 def test_random_spellings_are_sites(fuzz):
-    fuzz(200, check, spelling=SPELLINGS)
+    fuzz(240, check, spelling=SPELLINGS)
 
 
 def test_random_spellings_compute_the_same_with_every_block_chosen(fuzz):
@@ -73,7 +73,7 @@ def test_every_lookalike_is_refused(name):
 
 
 def test_random_lookalikes_are_refused(fuzz):
-    fuzz(200, check_lookalike, spelling=SPELLINGS, name=st.sampled_from(list(LOOKALIKES)))
+    fuzz(220, check_lookalike, spelling=SPELLINGS, name=st.sampled_from(list(LOOKALIKES)))
 
 
 def test_the_quick_front_end_writes_what_dynamo_writes(fuzz):

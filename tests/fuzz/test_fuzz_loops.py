@@ -61,7 +61,7 @@ def test_every_choice_alone():
 
 
 def test_random_spellings_are_loops(fuzz):
-    fuzz(130, check, loop=LOOPS)
+    fuzz(150, check, loop=LOOPS)
 
 
 def test_random_loops_compute_the_same_with_one_compiled_model(fuzz):
@@ -69,7 +69,7 @@ def test_random_loops_compute_the_same_with_one_compiled_model(fuzz):
 
 
 def test_random_lookalikes_are_refused(fuzz):
-    fuzz(150, check_lookalike, loop=LOOPS, name=st.sampled_from(list(LOOKALIKES)))
+    fuzz(160, check_lookalike, loop=LOOPS, name=st.sampled_from(list(LOOKALIKES)))
 
 
 def test_a_shared_layer_whose_output_is_reshaped_is_no_loop():
