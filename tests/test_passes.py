@@ -42,7 +42,7 @@ def by_hand(sampler, inputs, *, indices=None, reuse=False, sparse=None):
         attend.calls += 1
         if sparse is None or layer < 1:
             return nn.functional.scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2))
-        return torch.ops.li.sparse_attention(q, keys, values, roles, 4, 4, [4, 2, 2], 16, *sparse, 1, q.shape[-1] ** -0.5)
+        return torch.ops.li.sparse_attention(q, keys, values, roles, 4, 4, [4, 2, 2], 16, *sparse, 4, q.shape[-1] ** -0.5)
 
     attend.calls = 0
 
