@@ -9,15 +9,19 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from li_compile import _compat, patterns
+from li_compile.compiling import with_family
 from li_compile.config import Config
 from li_compile.patterns.graph import hint, placeholders, value
-from li_compile.pipeline import Facts, build, canonical, match, report_of
+from li_compile.patterns.preparation import prepare
+from li_compile.pipeline import Facts, build, canonical, family_of, match, report_of
 from li_compile.report import Report
 from li_compile.reuse import can_reuse
 
 
 def explain(fn: Callable[..., Any], *args: Any, config: Config | None = None, **kwargs: Any) -> Report:
     """Trace a function or module with these inputs and report what the compiler finds and would do.
+
+    A family's preparation is run before and undone after (``prepared`` lists what it changed).
 
     fn: a transformer, one denoising step, or a whole chunk (context encoding and denoising loop). args, kwargs: inputs
     as for a real call; their shapes matter, and their values only where fn branches on them. config: None: all
@@ -28,7 +32,17 @@ def explain(fn: Callable[..., Any], *args: Any, config: Config | None = None, **
     sites found, the misses with their reasons and source lines, and for each variant what every pass did and the
     operations and bytes of its products. Where a graph breaks, ``breaks`` says so; each piece is reported on its own.
     """
-    config = Config() if config is None else config
+    config = with_family(Config() if config is None else config, fn)
+    prepared = prepare(fn, family_of(config))
+    try:
+        report = _explain(fn, args, kwargs, config)
+    finally:
+        prepared.undo()
+    report.prepared = prepared.changes
+    return report
+
+
+def _explain(fn: Callable[..., Any], args: tuple, kwargs: dict, config: Config) -> Report:
     report = Report(config.to_options())
     _trace(fn, args, kwargs, report, config)
     frames = {f for g in report.graphs if (f := g.found.pop("_constant_context", None))}
@@ -49,7 +63,7 @@ def explain(fn: Callable[..., Any], *args: Any, config: Config | None = None, **
 def _trace(fn: Callable[..., Any], args: tuple, kwargs: dict, report: Report, config: Config) -> None:
     def record(module, example_inputs):
         fakes = [value(p) for p in placeholders(module.graph)]
-        facts = match(canonical(module, fakes), config)
+        facts = match(canonical(module, fakes, config), config)
         graph = report_of(len(report.graphs), facts)
         report.graphs.append(graph)
         decode = [s for s in facts.sites if s.kind == "decode"]

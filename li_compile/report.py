@@ -43,12 +43,14 @@ class GraphReport:
 class Report:
     """What the compiler did with a function: ``str(report)`` is a table, ``to_dict()`` plain data.
 
-    ``graphs`` holds one GraphReport for each graph that was traced, in order.
+    ``graphs`` holds one GraphReport for each graph that was traced, in order; ``prepared``: attributes that the family's
+    preparation changes before tracing.
     """
 
     options: dict[str, Any]
     graphs: list[GraphReport] = dataclasses.field(default_factory=list)
     breaks: list[str] = dataclasses.field(default_factory=list)
+    prepared: list[str] = dataclasses.field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
         """Pass name -> the most sites that it rewrote in any variant, summed over graphs."""
@@ -92,6 +94,8 @@ class Report:
                 for m in misses.values():
                     table.add_row(f"[yellow]not {escape(m.pattern)}", escape(f"{m.node}: {m.reason}" + (f"  ({m.where})" if m.where else "")))
             yield table
+        if self.prepared:
+            yield f"prepared before tracing: {escape(', '.join(dict.fromkeys(self.prepared)))}"
         for line in self.breaks:
             yield f"[red]graph break:[/red] {escape(line)}"
 

@@ -15,8 +15,15 @@ class _Propagate(Interpreter):
     def __init__(self, module: GraphModule) -> None:
         super().__init__(module)
         self.regions: dict[tuple, object] = {}
+        self.mapped = 0  # torch.func.vmap's that are open: what is inside them (how block masks are made) keeps its values
 
     def run_node(self, n: Node):
+        name = getattr(n.target, "__name__", "")
+        self.mapped += name == "_vmap_increment_nesting"
+        inside = self.mapped > 0
+        self.mapped -= name == "_vmap_decrement_nesting"
+        if inside:
+            return n.meta.get("example_value")
         result = super().run_node(n)
         n.meta["example_value"] = result
         n.meta.pop("val", None)
@@ -56,7 +63,7 @@ def tidy(module: GraphModule) -> None:
     for graph_module in (module, *subgraphs(module).values()):
         for node in reversed(list(graph_module.graph.nodes)):
             if not node.users and node.op not in kept and effect(node) is None \
-                    and not name_of(node).endswith("autocast"):
+                    and not name_of(node).endswith("autocast") and not name_of(node).startswith("_vmap_"):
                 graph_module.graph.erase_node(node)
         graph_module.graph.lint()
         graph_module.recompile()

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from .graph import (CONV, LINEAR, REGION, SDPA, Miss, ancestors, argument, calls, cat_operands, hint, known, placeholders,
                     region_calls, region_operand, shape, source_line, subgraphs, through_shapes)
+from .grids import solve_grids, why_unknown
 
 TEXT, CONTEXT, CURRENT = 0, 1, 2
 ROLE_NAMES = ("text", "context", "current")
@@ -66,7 +67,7 @@ def token_grids(module: GraphModule) -> list[tuple[int, int]]:
         if s is not None and len(s) >= 4 and isinstance(s[-1], int) and isinstance(s[-2], int):
             if (s[-2], s[-1]) not in found:
                 found.append((s[-2], s[-1]))
-    return found
+    return found or solve_grids(module)
 
 
 def projection_inputs(node: Node) -> tuple[set[Node], list[Node]]:
@@ -134,7 +135,7 @@ def read_site(module: GraphModule, region: str, node: Node, grids: list[tuple[in
         return refuse(f"{q_shape[2]} queries but {shape(keys[-1])[2]} keys of the current tokens")
     grid = next((g for g in grids if known(q_shape[2] % (g[0] * g[1]) == 0)), None)
     if grid is None:
-        known_grids = ", ".join(f"{h} x {w}" for h, w in grids) or "none found in a patch embedding"
+        known_grids = ", ".join(f"{h} x {w}" for h, w in grids) or why_unknown(module)
         return refuse(f"{q_shape[2]} tokens are no whole number of latent frames (token grids: {known_grids}); "
                       "give sparse.grid=(rows, columns)")
     per_frame = grid[0] * grid[1]
