@@ -48,7 +48,7 @@ def light_interaction(gm, example_inputs: Sequence[Any], *, mode: str | None = N
     # Dynamo's fake values, with symbolic sizes where it made them dynamic; the example inputs may be real tensors.
     fakes = [value(p) for p in placeholders(gm.graph)]
     try:
-        facts = match(canonical(gm, fakes), config)
+        facts = match(canonical(gm, fakes, config), config)
     except LightInteractionError:
         raise
     except Exception as error:

@@ -10,24 +10,37 @@ import torch
 
 from li_compile.config import Config
 from li_compile.errors import ConfigError
+from li_compile.patterns.preparation import prepare
+from li_compile.patterns.recognise import family_of_model
 from li_compile.pipeline import family_of
+
+
+def with_family(config: Config, model: Any) -> Config:
+    """The config, naming the family that a model's modules belong to if it names none and exactly one does.
+
+    Raises ConfigError for an unknown family.
+    """
+    found = [family_of(config)] if config.family is not None else family_of_model(model)
+    return dataclasses.replace(config, family=found[0].name) if len(found) == 1 else config
 
 
 class Compiled:
     """A compiled function or module. Call it as the original; attributes are the original's.
 
-    ``report()``: what was rewritten so far in this thread. ``detach()``: the original, as it was.
+    ``report()``: what was rewritten so far in this thread. ``detach()``: the original, as it was; what the family's
+    preparation changed in it (``preparation.changes``) is changed back.
     """
 
     def __init__(self, original: Callable[..., Any], config: Config) -> None:
         self.original, self.config = original, config
+        self.preparation = prepare(original, family_of(config))
         self._run = torch.compile(original, backend="light_interaction", options=config.to_options())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("original", "config", "_run"):  # not set yet, as while unpickling
+        if name in ("original", "config", "preparation", "_run"):  # not set yet, as while unpickling
             raise AttributeError(name)
         return getattr(self.original, name)
 
@@ -37,6 +50,7 @@ class Compiled:
         return last_report()
 
     def detach(self) -> Callable[..., Any]:
+        self.preparation.undo()
         return self.original
 
 
@@ -44,7 +58,8 @@ def compile(model: Callable[..., Any], config: Config | None = None, family: str
     """Compile a module or function for the options of ``config`` (None: all defaults, preset "all").
 
     The same as ``torch.compile(model, backend="light_interaction", options=...)``, with the options checked at once
-    and not at the first call. family: name of a model family (``li-compile families``), over the config's.
+    and not at the first call. family: name of a model family (``li-compile families``), over the config's; None: the one
+    that the model's modules belong to, if any. Its preparation is run on the model.
     Raises ConfigError for what is neither module nor function, and for an unknown family.
     """
     if not callable(model) or isinstance(model, type):
@@ -53,5 +68,4 @@ def compile(model: Callable[..., Any], config: Config | None = None, family: str
     config = Config() if config is None else config
     if family is not None:
         config = dataclasses.replace(config, family=family)
-    family_of(config)
-    return Compiled(model, config)
+    return Compiled(model, with_family(config, model))

@@ -12,11 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 from li_compile import _compat, patterns
 from li_compile.breaks import breaks_met, preparation_of
+from li_compile.compiling import with_family
 from li_compile.config import Config
 from li_compile.outlines import outline
 from li_compile.passes.cost import Product, products
 from li_compile.patterns.attention import ROLE_NAMES
 from li_compile.patterns.graph import hint, name_of, placeholders, source_line, value
+from li_compile.patterns.preparation import prepare
 from li_compile.pipeline import Facts, build, canonical, family_of, match, report_of
 from li_compile.report import GraphReport, PassEffect, Report, SiteReport, Work
 from li_compile.reuse import can_reuse
@@ -28,6 +30,8 @@ SITE = "li_site"  # in a node's meta: number of the attention site that it is, o
 def explain(fn: Callable[..., Any], *args: Any, config: Config | None = None, **kwargs: Any) -> Report:
     """Trace a function or module with these inputs and report what the compiler finds and would do.
 
+    A family's preparation is run before and undone after (``prepared`` lists what it changed).
+
     fn: a transformer, one denoising step, or a whole chunk (context encoding and denoising loop). args, kwargs: inputs
     as for a real call; their shapes matter, and their values only where fn branches on them. config: None: all
     defaults (preset "all").
@@ -38,7 +42,17 @@ def explain(fn: Callable[..., Any], *args: Any, config: Config | None = None, **
     operations, bytes and roofline milliseconds of its products. Where a graph breaks, ``breaks`` says at which line; each
     piece is reported on its own.
     """
-    config = Config() if config is None else config
+    config = with_family(Config() if config is None else config, fn)
+    prepared = prepare(fn, family_of(config))
+    try:
+        report = _explain(fn, args, kwargs, config)
+    finally:
+        prepared.undo()
+    report.prepared = prepared.changes
+    return report
+
+
+def _explain(fn: Callable[..., Any], args: tuple, kwargs: dict, config: Config) -> Report:
     report = Report(config.to_options())
     frames = _trace(fn, args, kwargs, report, config, settled=False)
     if frames:
@@ -60,7 +74,7 @@ def _trace(fn: Callable[..., Any], args: tuple, kwargs: dict, report: Report, co
 
     def record(module, example_inputs):
         fakes = [value(p) for p in placeholders(module.graph)]
-        facts = match(canonical(module, fakes), config)
+        facts = match(canonical(module, fakes, config), config)
         graph = report_of(len(report.graphs), facts)
         report.graphs.append(graph)
         decode = [s for s in facts.sites if s.kind == "decode"]

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 from li_compile import _compat, patterns
 from li_compile.config import Config
-from li_compile.errors import ConfigError, RewriteError
+from li_compile.errors import ConfigError, PatternError, RewriteError
 from li_compile.passes.cost import cost
 from li_compile.passes.dead_tails import dead_tails
 from li_compile.passes.equal_rows import equal_rows
@@ -33,11 +33,16 @@ from li_compile.passes.prune_cache import prune_cache
 from li_compile.passes.prune_context import prune_context
 from li_compile.passes.real_arithmetic import real_arithmetic
 from li_compile.passes.record import Record, Refused
+from li_compile.passes.respell import respell
 from li_compile.passes.share_steps import share_steps
 from li_compile.passes.sparse_attention import sparse_attention
+from li_compile.passes.split_cone import split_cone
 from li_compile.patterns import registry
 from li_compile.patterns.context_check import check_context
+from li_compile.patterns.find_spellings import Found, find_spellings, fired, never_fired
 from li_compile.patterns.graph import placeholders, value
+from li_compile.patterns.matching import match_attention, match_context, match_loop
+from li_compile.patterns.recognise import family_of_graph
 from li_compile.report import GraphReport, VariantReport
 from li_compile.reuse import apply_reuse, describe, found_loop
 
@@ -56,26 +61,29 @@ class Facts:
     context: patterns.ContextConcat | None
     loop: patterns.DenoisingLoop | None
     misses: list[patterns.Miss]
+    family: patterns.Family | None = None
 
     @property
     def empty(self) -> bool:
         return not self.sites and self.context is None and self.loop is None
 
 
-@cache
 def digest(canonical_options: str) -> str:
-    """sha256 over our sources, the options, and the versions of torch and of registered families: a cache key."""
+    """sha256 over our sources, the options, the version of torch and what is registered: a cache key."""
+    return _digest(canonical_options, registry.identity())
+
+
+@cache
+def _digest(canonical_options: str, registered: str) -> str:
     import li_compile
 
-    sha = hashlib.sha256(canonical_options.encode())
+    sha = hashlib.sha256((canonical_options + registered).encode())
     sha.update(torch.__version__.encode())
     root = pathlib.Path(li_compile.__file__).parent
     folders = [root, *(pathlib.Path(m.__file__).parent for m in (patterns, *_folders()))]
     for folder in folders:
         for path in sorted(folder.rglob("*.py")):
             sha.update(path.read_bytes())
-    for family in registry.families().values():
-        sha.update(repr(family).encode())
     return sha.hexdigest()
 
 
@@ -85,19 +93,29 @@ def _folders():
     return passes, kernels
 
 
-def family_of(config: Config) -> patterns.Family | None:
+def family_of(config: Config, module: GraphModule | None = None) -> patterns.Family | None:
+    """The family that the config names, else the one that a graph's modules belong to, else None.
+
+    Raises ConfigError for an unknown name, PatternError where several families claim a graph.
+    """
     if config.family is None:
-        return None
+        found = family_of_graph(module) if module is not None else []
+        if len(found) > 1:
+            raise PatternError(f"families {' and '.join(f.name for f in found)} both claim the modules of this graph; say which with "
+                               "Config(family=...)")
+        return found[0] if found else None
     known = registry.families()
     if config.family not in known:
         raise ConfigError(f"family {config.family!r} is unknown; known: {', '.join(sorted(known)) or 'none'}")
     return known[config.family]
 
 
-def canonical(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
+def canonical(module: GraphModule, inputs: Sequence[Any], config: Config | None = None) -> GraphModule:
     """A normalised copy of a traced graph, with shapes on every node."""
     module = copy.deepcopy(module)
+    respell(module, family_of(config or Config(), module))
     normalize(module)
+    split_cone(module)
     forward_stores(module)
     tidy(module)
     propagate(module, inputs, _compat.fake_mode_of(inputs))
@@ -105,15 +123,30 @@ def canonical(module: GraphModule, inputs: Sequence[Any]) -> GraphModule:
 
 
 def match(module: GraphModule, config: Config) -> Facts:
-    """Find the patterns in a canonical graph."""
-    family = family_of(config)
-    grid = config.sparse.grid or (family.grid if family else None)
-    sites, misses = patterns.find_attention(module, grid)
-    context, why = patterns.find_context(module, sites, dict(family.roles) if family else None)
+    """Find the patterns in a canonical graph.
+
+    A registered pattern that is ambiguous, disagrees with the graph or, named by the family, fires nowhere raises
+    PatternError under ``strict``; else it is a warning, and what it concerns is left alone.
+    """
+    family = family_of(config, module)
+    left = find_spellings(module, family)
+    sites, misses = match_attention(module, family, config.sparse.grid)
+    context, why, bad_context = match_context(module, sites, family)
     if context is not None:
         context, why = check_context(module, context, family.positions if family else None)
-    loop, why_not = patterns.find_loop(module)
-    return Facts(module, sites, context, loop, [*misses, *why, *why_not])
+    loop, why_not, bad_loop = match_loop(module, family)
+    wrong = [*left.wrong, *(never_fired(module, family) if family else []), *bad_context, *bad_loop]
+    for miss in wrong:
+        text = f"{miss.reason} ({miss.where or miss.node})"
+        if config.strict:
+            raise PatternError(text)
+        warnings.warn(text, stacklevel=3)
+    return Facts(module, sites, context, loop, [*left.misses, *wrong, *_told(misses, left), *why, *why_not], family)
+
+
+def _told(misses: list[patterns.Miss], left: Found) -> list[patterns.Miss]:
+    """Without "no attention in this graph" where there is one that could not be respelled, which says more."""
+    return [m for m in misses if m.node != "graph"] if left.misses or left.wrong else misses
 
 
 @dataclasses.dataclass
@@ -141,6 +174,10 @@ def report_of(index: int, facts: Facts) -> GraphReport:
         found["denoising loop"] = describe(facts.loop)
     if (islands := describe_islands(facts.module)) is not None:
         found["precision islands"] = islands
+    for pattern, count in fired(facts.module).items():
+        found[f"pattern {pattern}"] = f"{count} nodes put into canonical form"
+    if facts.family is not None:
+        found["family"] = facts.family.name
     flops, moved = cost(facts.module)
     return GraphReport(index, len(facts.module.graph.nodes), found, facts.misses, flops, moved)
 
@@ -171,24 +208,24 @@ def prepare(facts: Facts, config: Config, inputs: Sequence[Any], mode, kept: int
     elif kept is not None:
         # Block-sparse attention selects blocks itself and takes whole segments; dense attention can read by lists of frames.
         by_lists = None if config.sparse.enabled or facts.context.tokens % config.sparse.block_size else config.sparse.block_size
-        apply("prune_context", lambda m: prune_cache(m, facts.context, patterns.find_attention(m, config.sparse.grid or _grid(facts))[0],
+        apply("prune_context", lambda m: prune_cache(m, facts.context, _sites(m, facts, config),
                                                      by_lists), needed=True)
     if config.exact.enabled:
         for run in EXACT:
             if getattr(config.exact, run.__name__):
                 with_loop = run is invariants and facts.loop is not None
-                apply(run.__name__, (lambda m: invariants(m, found_loop(m))) if with_loop else run)
+                apply(run.__name__, (lambda m: invariants(m, found_loop(m, facts.family))) if with_loop else run)
         if config.exact.islands == "bf16":
             apply("islands", lower_islands)
     if config.sparse.enabled:
         s = config.sparse
         apply("sparse_attention", lambda m: sparse_attention(
-            m, patterns.find_attention(m, s.grid or _grid(facts))[0], topk_ratio=s.topk_ratio,
+            m, _sites(m, facts, config), topk_ratio=s.topk_ratio,
             prefill_ratio=s.prefill_ratio, tile=s.tile, block_size=s.block_size, sub_blocks=s.sub_blocks,
             min_context=s.min_context, skip_layers=s.skip_layers, summary=s.summary, head_ratios=s.head_ratios))
         apply("pack_context", pack_context)
     if config.exact.enabled and config.exact.shared_steps and facts.loop is not None:
-        apply("share_steps", lambda m: share_steps(m, found_loop(m), config.exact.invariants))
+        apply("share_steps", lambda m: share_steps(m, found_loop(m, facts.family), config.exact.invariants))
     return base
 
 
@@ -216,5 +253,7 @@ def _apply(base: Base, config: Config, inputs: Sequence[Any], mode, name: str, r
             base.observe(name, trial)
 
 
-def _grid(facts: Facts) -> tuple[int, int] | None:
-    return facts.sites[0].grid if facts.sites else None
+def _sites(module: GraphModule, facts: Facts, config: Config) -> list[patterns.AttentionSite]:
+    """The attention sites of a graph that passes have changed since it was matched."""
+    grid = config.sparse.grid or (facts.sites[0].grid if facts.sites else None)
+    return match_attention(module, facts.family, grid)[0]

@@ -103,13 +103,15 @@ class Report:
     """What the compiler did with a function: ``str(report)`` is a table, ``to_dict()`` plain data, ``html()`` a page.
 
     ``graphs`` holds one GraphReport for each graph that was traced, in order; ``breaks`` the places at which tracing
-    stopped; ``machine`` whose roofline the milliseconds are of (None where nothing was priced, as after compiling).
+    stopped; ``machine`` whose roofline the milliseconds are of (None where nothing was priced, as after compiling);
+    ``prepared``: attributes that the family's preparation changes before tracing.
     """
 
     options: dict[str, Any]
     graphs: list[GraphReport] = dataclasses.field(default_factory=list)
     breaks: list[Break] = dataclasses.field(default_factory=list)
     machine: Machine | None = None
+    prepared: list[str] = dataclasses.field(default_factory=list)
 
     def counts(self) -> dict[str, int]:
         """Pass name -> the most sites that it rewrote in any variant, summed over graphs."""

@@ -22,6 +22,8 @@ def tables(report: Report) -> Iterator[Table | str]:
             for miss, count in left:
                 table.add_row(f"[yellow]{escape(miss.pattern)}", str(count), escape(f"{miss.node} {miss.where}".strip()), escape(miss.reason))
             yield table
+    if report.prepared:
+        yield f"prepared before tracing: {escape(', '.join(dict.fromkeys(report.prepared)))}"
     for one in report.breaks:
         yield f"[red]graph break:[/red] {escape(str(one))}"
     if report.machine is not None:

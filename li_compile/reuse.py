@@ -14,7 +14,8 @@ from li_compile.passes.predictors import PREDICTORS, Skipping
 from li_compile.passes.propagate import tidy
 from li_compile.passes.record import Record, Refused
 from li_compile.passes.share_steps import shared_regions
-from li_compile.patterns import DenoisingLoop, Miss, find_loop
+from li_compile.patterns import DenoisingLoop, Family, Miss
+from li_compile.patterns.matching import match_loop
 
 if TYPE_CHECKING:
     from li_compile.pipeline import Facts
@@ -51,7 +52,7 @@ def apply_reuse(apply: Callable, facts: Facts, config: Config, reuse: bool) -> N
     across, guarded = plan.predictor.across, config.cache.guard is not None
 
     def cached(module: GraphModule) -> Record:
-        loop, shared = found_loop(module), bool(shared_regions(module))
+        loop, shared = found_loop(module, facts.family), bool(shared_regions(module))
         if across and not shared:
             raise Refused(Miss("cached steps", loop.calls[0][0].name, f"predictor {plan.predictor.name!r} reads an earlier "
                                "chunk, for which the calls of the model must be alike (share_steps says where they are not)"))
@@ -66,7 +67,7 @@ def apply_reuse(apply: Callable, facts: Facts, config: Config, reuse: bool) -> N
         return record
 
     def watched(module: GraphModule) -> Record:
-        return watch_steps(module, found_loop(module), plan, drift=guarded and not across, keep=across)
+        return watch_steps(module, found_loop(module, facts.family), plan, drift=guarded and not across, keep=across)
 
     if reuse:
         apply("cached_steps", cached)
@@ -74,9 +75,9 @@ def apply_reuse(apply: Callable, facts: Facts, config: Config, reuse: bool) -> N
         apply("watch_steps", watched)
 
 
-def found_loop(module: GraphModule) -> DenoisingLoop:
+def found_loop(module: GraphModule, family: Family | None = None) -> DenoisingLoop:
     """The loop of a graph that was found before, after other passes; raises Refused if it is not to be found any more."""
-    loop, misses = find_loop(module)
+    loop, misses, _ = match_loop(module, family)
     if loop is None:
         raise Refused(misses[0])
     return loop

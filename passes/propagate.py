@@ -27,8 +27,15 @@ class _Propagate(Interpreter):
         super().__init__(module)
         self.regions: dict[tuple, object] = {}
         self.keeps = not any(name_of(n) in RESHAPING for n in module.graph.nodes if n.op in ("call_function", "call_method"))
+        self.mapped = 0  # torch.func.vmap's that are open: what is inside them (how block masks are made) keeps its values
 
     def run_node(self, n: Node):
+        name = getattr(n.target, "__name__", "")
+        self.mapped += name == "_vmap_increment_nesting"
+        inside = self.mapped > 0
+        self.mapped -= name == "_vmap_decrement_nesting"
+        if inside:
+            return n.meta.get("example_value")
         if n.op not in ("call_function", "call_method") or n.target is REGION or not self.keeps:
             result = super().run_node(n)
         else:

@@ -56,9 +56,11 @@ def hand_in(sub: GraphModule, calls: list[Node], values: list[list[Node]], name:
 
 
 def drop_dead(graph_module: GraphModule) -> None:
-    """Remove nodes that nothing reads and that have no effect of their own; modes stay, as they act without being read."""
+    """Remove nodes that nothing reads and that have no effect of their own; modes stay, as they act without being read, and so
+    do the limits of a ``torch.func.vmap``."""
     for node in reversed(list(graph_module.graph.nodes)):
-        if not node.users and node.op not in ("placeholder", "output") and effect(node) is None and not switches_mode(node):
+        lasting = switches_mode(node) or name_of(node).startswith("_vmap_")
+        if not node.users and node.op not in ("placeholder", "output") and effect(node) is None and not lasting:
             graph_module.graph.erase_node(node)
 
 

@@ -7,9 +7,10 @@ from .attention import CONTEXT, CURRENT, TEXT, AttentionSite, Segment, find_atte
 from .context import ContextConcat, find_context
 from .graph import Miss
 from .loop import DenoisingLoop, find_loop
-from .registry import Family, register_family
+from .registry import Family, register_attention, register_context, register_family, register_loop
+from .spelling import Spelling
 
 __all__ = [
-    "CONTEXT", "CURRENT", "TEXT", "AttentionSite", "ContextConcat", "DenoisingLoop", "Family", "Miss", "Segment",
-    "find_attention", "find_context", "find_loop", "register_family",
+    "CONTEXT", "CURRENT", "TEXT", "AttentionSite", "ContextConcat", "DenoisingLoop", "Family", "Miss", "Segment", "Spelling",
+    "find_attention", "find_context", "find_loop", "register_attention", "register_context", "register_family", "register_loop",
 ]

@@ -23,3 +23,23 @@ def free_symbols(x) -> set:
     """The size symbols that occur in a tensor's sizes and strides or in a symbolic number (2.11 to 2.14: ``SymInt.node``)."""
     numbers = (*x.shape, *x.stride(), x.storage_offset()) if isinstance(x, torch.Tensor) else (x,)
     return set().union(*(n.node.expr.free_symbols for n in numbers if isinstance(n, torch.SymInt)))
+
+
+def is_packet(target) -> bool:
+    """Whether a call's target is an operator without its overload (2.11 to 2.14: ``torch._ops.OpOverloadPacket``)."""
+    return isinstance(target, torch._ops.OpOverloadPacket)
+
+
+def fake_mode_of(values):
+    """The mode that the fake tensors among the values were made in, or None (2.11 to 2.14: ``FakeTensor.fake_mode``). Not
+    ``detect_fake_mode``: while Dynamo compiles, that gives the mode of its tracing, which a copied graph's values are not of."""
+    from torch._subclasses import FakeTensor
+
+    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+
+
+def expression(size):
+    """A size as a sympy expression (2.11 to 2.14: ``SymInt.node.expr``)."""
+    import sympy
+
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))

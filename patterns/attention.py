@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 
 from .graph import (CONV, LINEAR, REGION, SDPA, Miss, ancestors, argument, calls, cat_operands, hint, known, placeholders,
                     region_calls, region_operand, shape, source_line, subgraphs, through_shapes)
+from .grids import solve_grids, why_unknown
 
 TEXT, CONTEXT, CURRENT = 0, 1, 2
 ROLE_NAMES = ("text", "context", "current")
@@ -61,7 +62,7 @@ class AttentionSite:
 
 def token_grids(module: GraphModule) -> list[tuple[int, int]]:
     """Rows and columns of tokens in a frame, as the patch embeddings (convolutions over frames) of the graph give them."""
-    return list(dict.fromkeys(_grid(n) for n in module.graph.nodes if calls(n, CONV) and _grid(n)))
+    return list(dict.fromkeys(_grid(n) for n in module.graph.nodes if calls(n, CONV) and _grid(n))) or solve_grids(module)
 
 
 def _grid(node: Node) -> tuple[int, int] | None:
@@ -160,7 +161,7 @@ def read_site(module: GraphModule, region: str, node: Node, grids: list[tuple[in
     grids = _nearest_first(module, region, node, grids)
     grid = next((g for g in grids if known(q_shape[2] % (g[0] * g[1]) == 0)), None)
     if grid is None:
-        known_grids = ", ".join(f"{h} x {w}" for h, w in grids) or "none found in a patch embedding"
+        known_grids = ", ".join(f"{h} x {w}" for h, w in grids) or why_unknown(module)
         return refuse(f"{q_shape[2]} tokens are no whole number of latent frames (token grids: {known_grids}); "
                       "give sparse.grid=(rows, columns)")
     per_frame = grid[0] * grid[1]

@@ -63,7 +63,8 @@ class Traced:
 
     def facts(self, **options) -> Facts:
         """What is matched in the canonical graph."""
-        return match(canonical(self.module, self.fakes), Config.from_options(options))
+        config = Config.from_options(options)
+        return match(canonical(self.module, self.fakes, config), config)
 
     def compile(self, **options) -> Compiled:
         """What the backend makes of the graph under the tiny world's options, with these on top (sparse__tile for

@@ -1,4 +1,4 @@
-"""``li-compile families``: the model families that are known by name."""
+"""``li-compile families``: the model families and patterns that are known by name, and who brought them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import typer
 
 
 def command() -> None:
-    """List the model families whose models are prepared for tracing."""
+    """List the model families and the registered patterns, with the package that each comes from."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    known = registered()
-    if not known:
-        typer.echo("No model family is registered; models are matched by pattern alone.")
-        return
-    table = Table("family", "about")
-    for name, about in known:
-        table.add_row(escape(name), escape(about))
-    Console().print(table)
+    from li_compile.patterns import registry
+
+    origins, console = registry.origins(), Console()
+    table = Table("family", "about", "from")
+    for name, family in sorted(registry.families().items()):
+        table.add_row(escape(name), escape(family.description), escape(origins.get(name, "?")))
+    console.print(table)
+    table = Table("pattern", "of", "from")
+    for pattern in registry.patterns():
+        table.add_row(escape(pattern.name), pattern.kind, escape(pattern.origin))
+    console.print(table)
 
 
 def registered() -> list[tuple[str, str]]:
