@@ -24,7 +24,7 @@ from li_compile.report import GraphReport, PassEffect, Report, SiteReport, Work
 from li_compile.reuse import can_reuse
 from li_compile.roofline import Machine, machine_of
 
-SITE = "li_site"  # in a node's meta: number of the attention site that it is, or came from
+SITE = "li_site"  # in a node's meta: number of the row of attention that it is counted in, also after it was rewritten
 
 
 def explain(fn: Callable[..., Any], *args: Any, config: Config | None = None, **kwargs: Any) -> Report:
@@ -99,16 +99,21 @@ def _trace(fn: Callable[..., Any], args: tuple, kwargs: dict, report: Report, co
 
 def _rewrite(facts: Facts, fakes: list[Any], graph: GraphReport, report: Report, config: Config) -> None:
     """Build each variant that is worth showing, and price the graph, its sites and what every pass does."""
-    for i, site in enumerate(facts.sites):
-        site.node.meta[SITE] = i
+    groups: dict[tuple[str, str], list[patterns.AttentionSite]] = {}
+    for site in facts.sites:  # the same line, matched alike, in every layer and step of a graph without regions, is one
+        groups.setdefault((source_line(site.node), _pattern(site)), []).append(site)
+    for i, group in enumerate(groups.values()):
+        for site in group:
+            site.node.meta[SITE] = i
     work = list(products(facts.module))
     if report.machine is None:
         device = next((x.device for x in fakes if isinstance(x, torch.Tensor)), torch.device("cpu"))
         report.machine = machine_of(device, {p.dtype for p in work})
     price = partial(_price, report.machine)
     graph.ms, graph.outline = price(work).ms, outline(facts.module)
-    graph.sites = [SiteReport(s.node.name, _pattern(s), source_line(s.node), sum(p.runs for p in work if p.node is s.node),
-                              price(p for p in work if p.node is s.node)) for s in facts.sites]
+    for i, ((where, pattern), group) in enumerate(groups.items()):
+        mine = [p for p in work if p.node.meta.get(SITE) == i]
+        graph.sites.append(SiteReport(group[0].node.name, pattern, where, sum(p.runs for p in mine), price(mine)))
     for kept, reuse in _variants(facts, config):
         mode, static = _static(facts, fakes, kept)
         effects, last = [], price(work)

@@ -34,8 +34,8 @@ class PassEffect:
 
 @dataclasses.dataclass
 class SiteReport:
-    """One attention that was matched. pattern: by what; where: the user's line; times: how often it runs, over layers and
-    steps; before: its work as traced, all times together; after: the same in each variant, by the variant's label, with
+    """Attention that was matched at one line, alike in all layers and steps. node: the first of them; pattern: by what it
+    was matched; where: the user's line; times: how often it runs; before: its work as traced, all times together; after: the same in each variant, by the variant's label, with
     the operators that do it."""
 
     node: str

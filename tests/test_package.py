@@ -54,6 +54,7 @@ def test_wheel_holds_all_packages_and_works_from_another_folder(tmp_path):
         for path in (ROOT / folder).rglob("*.py"):
             inside = path.relative_to(ROOT) if folder == "li_compile" else pathlib.Path("li_compile") / path.relative_to(ROOT)
             assert inside.as_posix() in names
+    assert {"li_compile/templates/report.html.j2", "li_compile/kernels/tuned.json"} <= set(names)
     site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     elsewhere.mkdir()
     zipfile.ZipFile(wheel).extractall(site)

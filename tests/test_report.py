@@ -47,6 +47,17 @@ def test_each_site_is_priced_as_traced_and_in_each_variant(report):
     assert decode.after[reusing][0].flops < decode.after[kept][0].flops
 
 
+def test_a_flat_graph_has_the_same_sites_as_one_of_regions(report, tiny_world):
+    sampler = ChunkSampler(tiny_world(regional=False, depth=3))
+    flat = li_compile.explain(sampler, *world_inputs(sampler.model, 20), config=li_compile.Config(sparse={"tile": (4, 2, 2), "block_size": 16}))
+    prefill, decode = flat.graphs[0].sites
+    assert prefill.times == 2  # the last block's is dead code of a flat graph: only its keys and values are read
+    other = report.graphs[0].sites[1]
+    assert (decode.times, decode.where, decode.before.flops, decode.before.bytes) == (12, other.where, other.before.flops, other.before.bytes)
+    for label, (work, by) in decode.after.items():
+        assert (work.flops, by) == (other.after[label][0].flops, other.after[label][1])
+
+
 def test_what_the_passes_save_adds_up(report):
     (graph,) = report.graphs
     for variant in graph.variants:
