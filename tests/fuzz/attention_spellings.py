@@ -304,7 +304,7 @@ def _stable(q, k, v):
 
 alone = dict(text=False, context=False)
 whole = lambda kind, **changes: lambda spelling: (lambda s: (kind(s), s.inputs()))(dataclasses.replace(spelling, **changes))
-# Deliberately not supported (docs/how_it_works.md): make(spelling) -> (module, inputs), and the reason the user is given.
+# Deliberately not supported (docs/limits.md): make(spelling) -> (module, inputs), and the reason the user is given.
 UNSUPPORTED = {
     "softmax by exp and sum": (attending(_stable), "no scaled dot-product attention"),
     "products of [B * H, L, D]": (attending(_flat_batch), "no scaled dot-product attention"),

@@ -9,7 +9,7 @@ from context_spellings import EMBEDS, FORMS, Context, Model, inputs
 from hypothesis import strategies as st
 from quick import Quick
 
-# A reshape that leaves a size to be solved (-1) where another is dynamic is not supported: see docs/how_it_works.md.
+# A reshape that leaves a size to be solved (-1) where another is dynamic is not supported: see docs/limits.md.
 PROJECTS = [name for name in PROJECT if name not in ("timm", "selected")]
 MOVES = [name for name in MOVE if name != "einops"]
 TABLES = {"embed": EMBEDS, "project": PROJECTS, "norm": NORM, "move": MOVES, "join": JOIN, "cast": CAST, "frames": [5, 9, 12],
