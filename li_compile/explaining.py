@@ -45,7 +45,7 @@ def explain(fn: Callable[..., Any], *args: Any, config: Config | None = None, **
 def _explain(fn: Callable[..., Any], args: tuple, kwargs: dict, config: Config) -> Report:
     report = Report(config.to_options())
     _trace(fn, args, kwargs, report, config)
-    frames = {f for g in report.graphs if (f := g.found.pop("_constant_context", None))}
+    frames = {size for g in report.graphs for size in g.found.pop("_constant_context", ())}
     if frames:
         # The context length was a constant. As in a rollout, where lengths differ from chunk to chunk, make it dynamic.
         for tensor in tree_leaves((args, kwargs)):
@@ -68,7 +68,8 @@ def _trace(fn: Callable[..., Any], args: tuple, kwargs: dict, report: Report, co
         report.graphs.append(graph)
         decode = [s for s in facts.sites if s.kind == "decode"]
         if decode and isinstance(decode[0].frames(patterns.CONTEXT), int):
-            graph.found["_constant_context"] = decode[0].frames(patterns.CONTEXT)
+            frames, tokens = decode[0].frames(patterns.CONTEXT), decode[0].grid[0] * decode[0].grid[1]
+            graph.found["_constant_context"] = (frames, frames * tokens)  # cached keys and values have its tokens
         for kept, reuse in _variants(facts, config):
             mode, static = _static(facts, fakes, kept)
             graph.variants.append(build(facts, config, static, mode, kept=kept, reuse=reuse)[1])
