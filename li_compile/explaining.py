@@ -80,7 +80,7 @@ def _trace(fn: Callable[..., Any], args: tuple, kwargs: dict, report: Report, co
         decode = [s for s in facts.sites if s.kind == "decode"]
         length = decode[0].frames(patterns.CONTEXT) if decode else None
         if isinstance(length, int) and not settled:
-            constant.add(length)
+            constant.update((length, length * decode[0].grid[0] * decode[0].grid[1]))  # cached keys and values have its tokens
         else:
             _rewrite(facts, fakes, graph, report, config)
         results = next(n for n in module.graph.nodes if n.op == "output").args[0]

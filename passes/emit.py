@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
@@ -20,8 +22,8 @@ def emit(like: Node, op: str, call, args: tuple, kwargs: dict | None = None) -> 
     node.meta = {k: v for k, v in like.meta.items() if k not in ("example_value", "val", "li_pattern")}
     given, named = map_arg((args, kwargs), value)
     mode = fake_mode_of(tree_leaves((given, named)))
-    if mode is not None:
-        with mode, torch.no_grad():
+    if mode is not None or all(isinstance(v, (int, torch.SymInt)) for v in given):
+        with mode or contextlib.nullcontext(), torch.no_grad():
             node.meta["example_value"] = getattr(given[0], call)(*given[1:], **named) if op == "call_method" else call(*given, **named)
     return node
 

@@ -106,14 +106,18 @@ def _read(node: Node) -> CacheRead | None:
     if not _is_slice(node):
         return None
     cache, index = node.args[0], _ranges(node.args[1])
-    written = [u for u in cache.users if u.target is operator.setitem and u.args[0] is cache]
-    cuts = [i for i, r in enumerate(index) if isinstance(r, slice) and r != slice(None)]
-    if len(written) != 1 or len(cuts) > 1 or any(not isinstance(r, slice) for r in index):
-        return None
     order = {n: i for i, n in enumerate(node.graph.nodes)}
-    stores = _ranges(written[0].args[1])
+    written = sorted((u for u in cache.users if u.target is operator.setitem and u.args[0] is cache), key=order.get)
+    before = [w for w in written if order[w] < order[node]]
+    cuts = [i for i, r in enumerate(index) if isinstance(r, slice) and r != slice(None)]
+    if not before or len(cuts) > 1 or any(not isinstance(r, slice) for r in index):
+        return None
+    # The steps of a loop all write into the same place, each before it reads; what was there before them is the context.
+    if any(repr(w.args[1]) != repr(before[-1].args[1]) for w in written):
+        return None
+    stores = _ranges(before[-1].args[1])
     where = [i for i, r in enumerate(stores) if isinstance(r, slice) and r != slice(None)]
-    if order[written[0]] > order[node] or len(where) != 1 or any(not isinstance(r, slice) for r in stores):
+    if len(where) != 1 or any(not isinstance(r, slice) for r in stores):
         return None
     dim, store = where[0], stores[where[0]]
     if cuts and cuts[0] != dim:
@@ -121,7 +125,7 @@ def _read(node: Node) -> CacheRead | None:
     load = index[dim] if dim < len(index) else slice(None)
     if load.step is not None or store.step is not None or not _same(load.stop, store.stop):
         return None
-    return CacheRead(node, cache, dim, written[0].args[2], load.start, store.start)
+    return CacheRead(node, cache, dim, before[-1].args[2], load.start, store.start)
 
 
 def _same(a, b) -> bool:

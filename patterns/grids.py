@@ -21,7 +21,7 @@ _RESHAPES = {"view", "reshape", "unflatten"}
 def solve_grids(module: GraphModule) -> list[tuple[int, int]]:
     """Rows and columns of tokens in a latent frame, if they are the only ones that fit; else none."""
     sizes = _frames(module)
-    read = list(dict.fromkeys(g for n in _nodes(module) if name_of(n) in _RESHAPES and (g := _reshaped(n, sizes)) is not None))
+    read = _distinct(g for n in _nodes(module) if name_of(n) in _RESHAPES and (g := _reshaped(n, sizes)) is not None)
     if read:
         return read
     found = candidates(module)
@@ -39,8 +39,8 @@ def why_unknown(module: GraphModule) -> str:
 def candidates(module: GraphModule) -> list[tuple[int, int]]:
     """All grids that the sizes of latents and the tokens of attention allow."""
     found: list[tuple[int, int]] = []
-    for tokens in dict.fromkeys(shape(argument(n, 0, "query"))[2] for n in _nodes(module) if calls(n, SDPA)
-                                and len(shape(argument(n, 0, "query")) or ()) == 4):
+    queries = [shape(argument(n, 0, "query")) for n in _nodes(module) if calls(n, SDPA)]
+    for tokens in _distinct(q[2] for q in queries if q is not None and len(q) == 4):
         for frames, height, width in _frames(module):
             area = sympy.cancel(expression(frames) * height * width / expression(tokens))
             if not area.is_Integer or area < 1:
@@ -65,7 +65,12 @@ def _frames(module: GraphModule) -> list[tuple]:
             continue
         if isinstance(s[3], int) and isinstance(s[4], int):
             found += [(t, s[3], s[4]) for t in (s[2], s[1])]
-    return list(dict.fromkeys(found))
+    return _distinct(found)
+
+
+def _distinct(items) -> list:
+    """Without repetitions; by their text, since symbolic sizes cannot be hashed."""
+    return list({str(i): i for i in items}.values())
 
 
 def _reshaped(node: Node, frames: list[tuple]) -> tuple[int, int] | None:

@@ -25,6 +25,7 @@ from .loop_calls import find_runs
 from .loop_update import Updates, read_updates
 
 ARITHMETIC_NAMES = {"add", "sub", "rsub", "mul", "div", "truediv", "neg", "lerp", "multiply", "divide", "subtract"}
+SCALES = {"mul", "multiply", "div", "truediv", "divide", "neg"}
 
 
 @dataclasses.dataclass
@@ -53,14 +54,21 @@ def find_loop(module: GraphModule) -> tuple[DenoisingLoop | None, list[Miss]]:
     With classifier-free guidance the model is called twice a step: pieces that do not depend on one another are tried
     in groups of two and more.
     """
-    nodes, first = list(module.graph.nodes), None
+    nodes, first, best = list(module.graph.nodes), None, None
     for pieces, before in find_runs(module):
+        # What follows a loop may begin as one call more (a call that only fills a cache): then the run has several phases, and
+        # in the wrong one it lacks a call.
+        if best is not None and (len(pieces[0]) != len(best[1][0]) or len(pieces) <= len(best[1])):
+            continue
         for branches in (g for g in range(1, len(pieces) // 2 + 1) if len(pieces) % g == 0):
             steps = [sum(pieces[i:i + branches], []) for i in range(0, len(pieces), branches)]
             read = _read_loop(nodes, steps, branches, before)
             if isinstance(read, DenoisingLoop):
-                return read, []
+                best = read, pieces
+                break
             first = first or read
+    if best is not None:
+        return best[0], []
     return None, [first or Miss("denoising loop", "graph", "no model is called more than once in this graph; compile "
                                 "the whole sampling loop as one function, or call the model inside a Session's chunk")]
 
@@ -212,7 +220,7 @@ def _bypasses(outputs: list[Node], before: list[Node], after: list[Node], fresh:
     read = {n for n in ancestors([x for b in before for x in b.all_input_nodes]) if n not in inner}
     for node in joined:
         for operand in node.all_input_nodes:
-            if (operand in read or operand in fresh) and operand not in joined and operand not in outputs \
+            if (operand in read or operand in fresh or _unscaled(operand) in read) and operand not in joined and operand not in outputs \
                     and _is_state(operand, outputs):
                 return True
     return False
@@ -228,6 +236,13 @@ def _told(fresh: set[Node], step: list[Node], later: set[Node], order: dict[Node
         if node in step or any(u in told or u not in fresh and u not in update for u in node.users if u in inside):
             told.add(node)
     return bool(told)
+
+
+def _unscaled(node: Node) -> Node:
+    """x of a node that is x times a number, as in x' = a x + b v."""
+    while node.op.startswith("call") and name_of(node) in SCALES and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _is_state(node: Node, outputs: list[Node]) -> bool:

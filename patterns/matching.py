@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch.fx import GraphModule
 
 from .attention import AttentionSite, find_attention
 from .context import ContextConcat, find_context
-from .graph import Miss, hint, placeholders, shape, source_line
+from .context_cache import cache_reads
+from .graph import SDPA, Miss, calls, hint, placeholders, shape, source_line
 from .loop import DenoisingLoop, find_loop
 from .recognise import group_of
 from .registry import Family, patterns
@@ -15,6 +18,9 @@ from .registry import Family, patterns
 def match_attention(module: GraphModule, family: Family | None, grid: tuple[int, int] | None) -> tuple[list[AttentionSite], list[Miss]]:
     """Attention sites, without the groups that the family opts out of."""
     sites, misses = find_attention(module, grid or (family.grid if family else None))
+    cached = {n.name for n in module.graph.nodes if calls(n, SDPA) and cache_reads(n) is not None}
+    misses = [dataclasses.replace(m, reason="its keys are read from a preallocated cache, of which pruned context selects frames; "
+                                  "block-sparse attention does not apply") if m.node in cached else m for m in misses]
     if family is None or not family.groups:
         return sites, misses
     left = {id(s): g for s in sites if (g := group_of(s.node, family)) in family.opt_out}

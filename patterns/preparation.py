@@ -36,13 +36,13 @@ class Preparation:
 
 
 def prepare(model: Any, family: Family | None) -> Preparation:
-    """Run a family's hook on each module of the family that a module or function holds; if it names no modules, on the model
-    itself. What it did can be undone."""
+    """Run a family's hook on each module that a module or function holds of the first class that the family names; if it names
+    none, on the model itself. What it did can be undone."""
     done = Preparation()
     if family is None or family.prepare is None:
         return done
     try:
-        mine = [m for root in roots(model) for m in root.modules() if qualified(type(m)) in family.modules]
+        mine = [m for root in roots(model) for m in root.modules() if qualified(type(m)) in family.modules[:1]]
         for target in mine if family.modules else [model]:
             family.prepare(target, done)
     except BaseException:

@@ -33,8 +33,8 @@ class Family:
 
     modules: qualified names of module classes ("package.module.Class") by which the family is recognised where none is
         given: in a graph by the submodules that it was traced through, in ``li_compile.compile`` by the model's modules.
-    prepare: called as ``prepare(module, patch)`` by ``li_compile.compile`` and ``explain`` before tracing, on each of these
-        modules in the model, to hide what would break the graph; every change goes through ``patch(owner, attribute, new)``, so
+    prepare: called as ``prepare(module, patch)`` by ``li_compile.compile`` and ``explain`` before tracing, on each module of
+        the first of these classes, to hide what would break the graph; every change goes through ``patch(owner, attribute, new)``, so
         that it can be listed and undone.
     roles: role -> argument name as it stands in the traced function, for ``history_w2c`` and ``current_w2c`` (camera poses)
         and ``positions`` (temporal RoPE indices of the context).

@@ -1,1 +1,1 @@
-"""Reduced models with the anatomy of published ones, written from their descriptions: what the passes are tested on."""
+"""Reduced models with the anatomy of published ones, written from their descriptions: what matchers and passes are tested on."""
