@@ -116,7 +116,7 @@ def test_a_graph_that_is_trained_is_left_to_inductor(recwarn):
 
 
 def test_a_graph_that_cannot_be_read_is_left_to_inductor_or_refused_under_strict(monkeypatch):
-    def broken(module, inputs):
+    def broken(module, inputs, config):
         raise KeyError("planted")
 
     monkeypatch.setattr("li_compile.pipeline.canonical", broken)
