@@ -38,6 +38,7 @@ def cases() -> dict[str, tuple]:
 
 def main() -> None:
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # the models are small, and a second thread that waits costs more than it gives
     print("| form | eager, padded or masked as written | Inductor, prepared | exact | exact and cached steps | counts |")
     print("|---|---:|---:|---:|---:|---|")
     for name, (fn, inputs) in cases().items():

@@ -166,15 +166,6 @@ def _register(kind: str, name: str, read: Callable | None, find: Callable | None
     _PATTERNS[kind, name] = pattern
 
 
-def unregister(kind: str, name: str) -> None:
-    """Forget a family (kind "family") or a pattern. Raises KeyError if there is none of that name."""
-    if kind == "family":
-        del _FAMILIES[name]
-        _ORIGINS.pop(name, None)
-    else:
-        del _PATTERNS[kind, name]
-
-
 def _who() -> str:
     """Who registers: the entry point that is being loaded, or the module that called."""
     if (name := _origin.get()) is not None:
@@ -249,4 +240,4 @@ def _load() -> None:
 
 
 __all__ = ["Family", "Pattern", "families", "identity", "origins", "patterns", "register_attention", "register_context",
-           "register_family", "register_loop", "unregister"]
+           "register_family", "register_loop"]

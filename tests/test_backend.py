@@ -340,7 +340,9 @@ def test_other_dynamic_sizes_have_variants_of_their_own(sampler):
 @pytest.fixture
 def digest():
     """The cache key, computed anew each time."""
-    return lambda options=None: pipeline.digest.__wrapped__(Config.from_options(options).digest())
+    from li_compile.patterns import registry
+
+    return lambda options=None: pipeline._digest.__wrapped__(Config.from_options(options).digest(), registry.identity())
 
 
 CHANGED = {"strict": True, "lowering": "eager", "inductor": {"max_autotune": True}, "family": "doom_world",
