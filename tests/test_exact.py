@@ -139,7 +139,7 @@ def test_switches_and_report(worldplay):
     assert compiled.graph.flops - variant.flops == sum(f for f, _ in saved.values())
     assert saved["equal_rows"][0] > 0 and saved["dead_tails"][0] > 0 and saved["functional_writes"] == (0, 0)
     rows = [line for line in str(compiled.report).splitlines() if "equal_rows" in line]
-    assert f"-{saved['equal_rows'][0] / 1e9:.2f}" in rows[0]
+    assert f"{saved['equal_rows'][0] / 1e9:.2f}" in rows[0]
     for preset in li_compile.config.PRESETS:
         exact = li_compile.Config(preset=preset).exact
         assert exact.enabled == (preset != "off") and all(getattr(exact, n) for n in NAMES)

@@ -66,7 +66,7 @@ def test_what_the_passes_save_adds_up(report):
             assert saved == pytest.approx(getattr(graph, unit) - getattr(variant, unit)), (variant.label, unit)
         effects = {e.name: e.saved for e in variant.effects}
         assert effects["prune_context"].flops > 0 and effects["equal_rows"].flops > 0
-        assert effects["share_steps"].flops == 0
+        assert effects["share_steps"].flops > 0  # what all steps share is computed once, before them
     assert {e.name for e in graph.variants[1].effects} == set(graph.variants[1].counts())
 
 
@@ -76,7 +76,7 @@ def test_the_outline_folds_blocks_and_steps_and_counts_all_of_the_graph(report):
         assert drawn.flops == priced.flops
     assert operators(graph.outline)["scaled_dot_product_attention"] == 15
     after = operators(graph.variants[1].outline)
-    assert after["sparse_attention"] == 2 and after["sparse_decode"] == 4 and after["pack_context"] == 2
+    assert after["sparse_attention"] == 1 and after["sparse_decode"] == 4 and after["pack_context"] == 2  # the last block's prefill is dead
     text = "\n".join(graph.outline.lines())
     assert "3 x " in text and text.count("scaled_dot_product_attention") <= 2 * 4 and len(text.splitlines()) < 120
 

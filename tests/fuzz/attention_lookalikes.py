@@ -186,7 +186,7 @@ LOOKALIKES = {
     "causal bias": (attending(lambda q, k, v: sdpa(q, k, v, attn_mask=torch.zeros(q.shape[-2], k.shape[-2], dtype=q.dtype).masked_fill(
         ~lower(q, k), -1e4))), MASK),
     "ones to add": (attending(lambda q, k, v: sdpa(q, k, v, attn_mask=torch.ones(q.shape[-2], k.shape[-2], dtype=q.dtype))), MASK),
-    "padding": (attending(padded), MASK),
+    "padding": (attending(padded), "keys of the current tokens"),  # the mask is a constant prefix: the keys are cut to it
     "alibi": (attending(alibi), MASK),
     "learned bias": (lambda s: (Biased(s), s.inputs()), MASK),
     "dropout": (attending(lambda q, k, v: sdpa(q, k, v, dropout_p=0.1)), "dropout"),

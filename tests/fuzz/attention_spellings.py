@@ -312,9 +312,12 @@ UNSUPPORTED = {
     "einsum of [B, L, H, D]": (attending(lambda q, k, v: torch.einsum("bhqk,bkhd->bqhd", torch.einsum(
         "bqhd,bkhd->bhqk", *(t.transpose(1, 2) for t in (q, k))).mul(SCALE).softmax(-1), v.transpose(1, 2))), "no scaled dot-product attention"),
     "a scale a head": (attending(lambda q, k, v: torch.softmax(scores(q, k) * torch.full((HEADS, 1, 1), SCALE), -1) @ v), "no scaled dot-product"),
-    "all true by comparison": (attending(lambda q, k, v: sdpa(q, k, v, torch.zeros(q.shape[-2], k.shape[-2]) < 1)), "mask"),
-    "keys rotated after they are joined": (whole(_RotatedLate), "segments of equal lengths"),
     "one projection of context and current": (whole(_Joint, **alone), "keys of the current tokens"),
     "keys written piece by piece": (whole(_Preallocated, **alone), "cross-attention"),
-    "patches embedded by a linear layer": (whole(_LinearEmbedding), "sparse.grid"),
+}
+# What is put into another form first: masks and grids worked out from constants and reshapes, concatenation moved last.
+CANONICAL = {
+    "all true by comparison": attending(lambda q, k, v: sdpa(q, k, v, torch.zeros(q.shape[-2], k.shape[-2]) < 1)),
+    "keys rotated after they are joined": whole(_RotatedLate),
+    "patches embedded by a linear layer": whole(_LinearEmbedding),
 }

@@ -45,7 +45,8 @@ class Quick(Traced):
 
 def operators(module: GraphModule) -> list[tuple]:
     """What a graph does, in order, whichever front end wrote it."""
-    return [(name_of(n), [hint(d) for d in shape(n) or ()]) for n in module.graph.nodes if n.op.startswith("call")]
+    return [(name_of(n), [hint(d) for d in shape(n) or ()]) for n in module.graph.nodes if n.op.startswith("call")
+            and name_of(n) != "_log_api_usage_once"]  # once a process, where a module is made
 
 
 def _weights(fn, seen=None):

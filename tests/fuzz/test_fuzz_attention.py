@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_lookalikes import LOOKALIKES
-from attention_spellings import (ATTEND, CAST, EMBED, JOIN, MOVE, NORM, PROJECT, ROPE, SCALE, UNSUPPORTED, WHERE, Attention, Spelling)
+from attention_spellings import (ATTEND, CANONICAL, CAST, EMBED, JOIN, MOVE, NORM, PROJECT, ROPE, SCALE, UNSUPPORTED, WHERE, Attention, Spelling)
 from hypothesis import strategies as st
 from quick import Quick, operators
 from tracing import Traced, relative
@@ -16,16 +16,20 @@ SPELLINGS = st.builds(Spelling, **{name: st.sampled_from(list(table)) for name, 
 ROUNDING = {"bfloat16": 3e-2, "half, keyword": 3e-3}
 
 
-def seeded(spelling: Spelling, make=lambda s: (Attention(s), s.inputs())):
+def seeded(spelling: Spelling, make):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model, inputs = make(spelling)
     return model.eval(), inputs
 
 
-def check(spelling: Spelling, front=Quick, numerics=False) -> str:
+def plain(spelling: Spelling):
+    return Attention(spelling), spelling.inputs()
+
+
+def check(spelling: Spelling, front=Quick, numerics=False, make=plain) -> str:
     """The spelling is one site with its segments and scale and, canonical or with every block chosen, computes the same."""
-    model, inputs = seeded(spelling)
+    model, inputs = seeded(spelling, make)
     traced = front(model, *inputs)
     facts = traced.facts()
     assert len(facts.sites) == 1, [m.reason for m in facts.misses if m.pattern == "attention"]
@@ -89,6 +93,11 @@ def test_the_quick_front_end_writes_what_dynamo_writes(fuzz):
     fuzz(12, both, spelling=SPELLINGS)
     for name in list(LOOKALIKES)[::8]:
         check_lookalike(Spelling(), name, Traced)
+
+
+@pytest.mark.parametrize("name", CANONICAL)
+def test_spellings_that_are_put_into_canonical_form_are_sites(name):
+    check(Spelling(), numerics=True, make=CANONICAL[name])
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
