@@ -23,8 +23,9 @@ RESHAPING = {"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueez
 
 
 class _Propagate(Interpreter):
-    def __init__(self, module: GraphModule) -> None:
+    def __init__(self, module: GraphModule, mode) -> None:
         super().__init__(module)
+        self.mode = mode
         self.regions: dict[tuple, object] = {}
         self.keeps = not any(name_of(n) in RESHAPING for n in module.graph.nodes if n.op in ("call_function", "call_method"))
         self.mapped = 0  # torch.func.vmap's that are open: what is inside them (how block masks are made) keeps its values
@@ -39,7 +40,8 @@ class _Propagate(Interpreter):
         if n.op not in ("call_function", "call_method") or n.target is REGION or not self.keeps:
             result = super().run_node(n)
         else:
-            now = (n.target, *self.fetch_args_kwargs_from_env(n), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+            # With the mode: what is made of numbers alone would otherwise stay in the mode that the graph was traced in.
+            now = (self.mode, n.target, *self.fetch_args_kwargs_from_env(n), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
             before, result = n.meta.get(LAST, (None, None))
             if before is None or not _same(before, now):
                 result = _kept(result, super().run_node(n))
@@ -53,7 +55,7 @@ class _Propagate(Interpreter):
         if target is REGION:  # walk the region itself, so that its nodes get shapes too; once, as all calls are alike
             key = (args[0], str([_layout(x) for x in args[2:]]))  # as text: symbolic sizes cannot be hashed
             if key not in self.regions:
-                self.regions[key] = _Propagate(args[0]).run(*args[2:])
+                self.regions[key] = _Propagate(args[0], self.mode).run(*args[2:])
             return self.regions[key]
         return super().call_function(target, args, kwargs)
 
@@ -97,7 +99,7 @@ def propagate(module: GraphModule, inputs: Sequence, mode) -> None:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mode)
         stack.enter_context(torch.no_grad())
-        _Propagate(module).run(*inputs)
+        _Propagate(module, mode).run(*inputs)
 
 
 def tidy(module: GraphModule) -> None:

@@ -35,7 +35,7 @@ def test_defaults():
     config = Config()
     assert config == Config.from_options(None) == Config.from_options({})
     assert config.preset == "all" and config.lowering == "inductor" and not config.strict and config.family is None
-    assert config.sparse == SparseConfig(True, 0.175, 0.30, (4, 4, 4), 64, 4, 8, 1, None)
+    assert config.sparse == SparseConfig(True, 0.175, 0.40, (4, 4, 4), 64, 4, 8, 1, None)
     context = ContextConfig(policy="coverage", memory_frames=8, temporal_frames=1, anchor_frames=4, chunk_frames=4, threshold=0.7,
                             rule="sphere", fov=(60.0, 35.0), radius=8.0, window="fixed")
     assert config.context == context and config.context.enabled

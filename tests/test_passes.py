@@ -213,7 +213,7 @@ def test_sparse_attention_is_the_operator_by_hand(world):
     sampler, traced = world
     inputs = world_inputs(sampler.model, 20)
     result = traced.compile(preset="sparse")(*inputs)
-    assert relative(result, by_hand(sampler, inputs, sparse=(0.175, 0.30))) <= 1e-5
+    assert relative(result, by_hand(sampler, inputs, sparse=(0.175, 0.40))) <= 1e-5
     assert relative(result, by_hand(sampler, inputs)) > 1e-3
 
 
@@ -263,7 +263,7 @@ def test_packed_context_changes_no_number(world):
     compiled, result = packed_variant(traced, inputs)
     assert variant(compiled, 12, False).counts()["pack_context"] == STEPS * (DEPTH - 1)
     plan = plan_context(inputs[9][0], inputs[3][0], compiled.run.config)
-    want = by_hand(sampler, inputs, indices=plan.indices, sparse=(0.175, 0.30))
+    want = by_hand(sampler, inputs, indices=plan.indices, sparse=(0.175, 0.40))
     assert relative(result, want) <= 1e-5
 
 
@@ -300,7 +300,7 @@ def test_all_is_the_three_together(world):
     for revisit in (True, False):
         inputs = world_inputs(sampler.model, 20, revisit=revisit)
         indices = plan_context(inputs[9][0], inputs[3][0], compiled.run.config).indices
-        want = by_hand(sampler, inputs, indices=indices, reuse=revisit, sparse=(0.175, 0.30))
+        want = by_hand(sampler, inputs, indices=indices, reuse=revisit, sparse=(0.175, 0.40))
         assert relative(compiled(*inputs), want) <= 1e-5
 
 

@@ -113,3 +113,20 @@ def test_methods_that_reshape_in_place_are_not_applied_twice():
     for _ in range(3):
         propagate(module, [x], mode)
         assert value(next(n for n in module.graph.nodes if n.op == "output")).shape == (1, 3)
+
+
+def test_tensors_made_of_numbers_alone_belong_to_the_new_mode():
+    class Made(torch.nn.Module):
+        def forward(self, x):
+            return x + torch.arange(3)
+
+    module = symbolic_trace(Made())
+    with module.graph.inserting_before(next(n for n in module.graph.nodes if n.name == "add")):
+        made = module.graph.call_function(torch.arange, (3,))
+    next(n for n in module.graph.nodes if n.name == "add").args = (next(iter(module.graph.nodes)), made)
+    module.recompile()
+    for mode in (FakeTensorMode(), FakeTensorMode()):
+        with mode:
+            x = torch.empty(2, 3)
+        propagate(module, [x], mode)
+        assert value(made).fake_mode is mode and value(node(module, "add")).fake_mode is mode

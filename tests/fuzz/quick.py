@@ -45,8 +45,9 @@ class Quick(Traced):
 
 def operators(module: GraphModule) -> list[tuple]:
     """What a graph does, in order, whichever front end wrote it."""
-    return [(name_of(n), [hint(d) for d in shape(n) or ()]) for n in module.graph.nodes if n.op.startswith("call")
-            and name_of(n) != "_log_api_usage_once"]  # once a process, where a module is made
+    # Dynamo takes slices of tuples in Python, and notes once a process that a module was made.
+    skipped = lambda n: name_of(n) == "_log_api_usage_once" or name_of(n) == "getitem" and shape(n) is None
+    return [(name_of(n), [hint(d) for d in shape(n) or ()]) for n in module.graph.nodes if n.op.startswith("call") and not skipped(n)]
 
 
 def _weights(fn, seen=None):
