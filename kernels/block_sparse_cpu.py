@@ -8,7 +8,7 @@ Two things make this faster than dense attention at densities around 0.3 to 0.45
 - Blocks that every query block keeps and that lie side by side (in decode: the current chunk) are not gathered at all:
   one dense call over a view, merged with the rest by log-sum-exp.
 
-Measured against FlexAttention's compiled CPU kernel and against batched matmuls in benchmarks/attention_cpu.py. Batched
+Measured against FlexAttention's compiled CPU kernel and against batched matmuls in benchmarks/attention.py. Batched
 matmuls are as fast on an idle machine and far slower on a busy one, having more barriers.
 Lists are read on the host here, which synchronises nothing: they are in host memory already.
 """
