@@ -43,3 +43,8 @@ def expression(size):
     import sympy
 
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def undisabled(function):
+    """What ``torch.compiler.disable`` was put around (2.11 to 2.14: ``_torchdynamo_orig_callable``), or None."""
+    return getattr(function, "_torchdynamo_orig_callable", None)
