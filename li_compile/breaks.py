@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
+import traceback
 
+import torch
+
+import li_compile
 from li_compile import _compat
 
 
@@ -41,6 +46,17 @@ def breaks_met(preparation: str) -> list[Break]:
         one = found.setdefault((reason, where), Break(reason, where, (last.line or "").strip() if last else "", say, 0, preparation))
         one.times += 1
     return list(found.values())
+
+
+def ended(error: Exception, preparation: str) -> Break:
+    """What to say where the function raised behind a graph break: ``explain`` hands zeros on there, and no real values."""
+    ours = tuple(str(pathlib.Path(package.__file__).parent) for package in (torch, li_compile))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
+    last = frames[-1] if frames else None
+    reason = f"what follows was not traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    advice = ["Behind a graph break explain goes on with zeros in place of the model's values; code that reads them as sizes or "
+              "indices cannot follow. Remove the breaks before it, in the model or in a family's preparation, and explain again."]
+    return Break(reason, f"{last.filename}:{last.lineno}" if last else "", (last.line or "").strip() if last else "", advice, 1, preparation)
 
 
 def preparation_of(family) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from li_compile import _compat, patterns
-from li_compile.breaks import breaks_met, preparation_of
+from li_compile.breaks import breaks_met, ended, preparation_of
 from li_compile.compiling import with_family
 from li_compile.config import Config
 from li_compile.outlines import outline
@@ -86,12 +86,18 @@ def _trace(fn: Callable[..., Any], args: tuple, kwargs: dict, report: Report, co
         results = next(n for n in module.graph.nodes if n.op == "output").args[0]
         return lambda *real: tuple(_zeros(value(r)) if isinstance(r, torch.fx.Node) else r for r in results)
 
+    tried = preparation_of(family_of(config))
     torch._dynamo.reset()
     _compat.forget_breaks()
     try:
         with torch.no_grad():
             torch.compile(fn, backend=record)(*args, **kwargs)
-        report.breaks.extend(breaks_met(preparation_of(family_of(config))))
+        report.breaks.extend(breaks_met(tried))
+    except Exception as error:
+        met = breaks_met(tried)
+        if not met:
+            raise
+        report.breaks.extend([*met, ended(error, tried)])
     finally:
         torch._dynamo.reset()
     return constant

@@ -116,6 +116,22 @@ def target():
     return torch.nn.Linear(4, 4), (torch.randn(2, 4),)
 
 
+def test_what_cannot_follow_a_graph_break_is_said_and_what_came_before_is_explained():
+    """Behind the break a size is read from a tensor, and explain's zeros are none that fits."""
+    def sized(x, count):
+        count = count + 0
+        x = x * 2
+        return x[: count.tolist()[0]].reshape(3, -1) @ torch.ones(2, 2)
+
+    report = li_compile.explain(sized, torch.randn(8), torch.tensor([6]))
+    assert report.graphs and len(report.breaks) == 2
+    last = report.breaks[-1]
+    assert "was not traced" in last.reason and last.where.startswith(__file__) and "zeros" in last.advice[0]
+    assert "was not traced" in str(report)
+    with pytest.raises(RuntimeError):
+        li_compile.explain(lambda x: x.reshape(3, -1), torch.randn(8))  # an error of the function's own is the user's
+
+
 def test_a_graph_that_is_trained_is_left_to_inductor(recwarn):
     layer = torch.nn.Linear(4, 4)
     compiled = torch.compile(layer, backend="light_interaction", options={"lowering": "eager"})
