@@ -8,7 +8,7 @@ import pathlib
 import pytest
 import torch
 from models import axial, paired, posed, rolling
-from tracing import relative, turn
+from tracing import fired, relative, turn
 
 import li_compile
 from li_compile import Config, Session
@@ -87,8 +87,7 @@ def test_rolling_chunk_is_read_whole():
     assert graph.found["family"] == "rolling" and graph.found["pattern li_models"].startswith("9 nodes")  # the last call's last one is dead
     assert graph.found["context"].startswith("9 concatenations (form slices), 16 tokens")
     assert graph.found["denoising loop"].startswith("4 steps (unrolled), clean state and fresh noise")
-    assert report.counts() == {"prune_context": 9, "equal_rows": 10, "sparse_attention": 0, "pack_context": 0, "share_steps": 4,
-                               "cached_steps": 2}
+    assert fired(report.counts()) == {"prune_context": 9, "equal_rows": 10, "invariants": 228, "share_steps": 4, "cached_steps": 2}
     assert [r for r in reasons(graph) if "preallocated cache" in r and "block-sparse attention does not apply" in r]
     assert all("rolling.py:" in m.where for m in graph.misses if m.pattern == "attention")
 
@@ -162,7 +161,7 @@ def test_paired_guidance_is_read_whole_after_preparation():
     assert report.prepared == ["models.paired.PairedWorld.room", "models.paired.PairedWorld.lengths"]
     assert graph.found["attention, prefill"] == "20 sites, grid 4 x 4, 1 branches" and graph.found["pattern li_models_varlen"].startswith("40")
     assert "5 steps (unrolled)" in graph.found["denoising loop"] and "2 calls a step" in graph.found["denoising loop"]
-    assert report.counts() == {"equal_rows": 0, "sparse_attention": 20, "pack_context": 0, "share_steps": 10, "cached_steps": 3}
+    assert fired(report.counts()) == {"invariants": 330, "sparse_attention": 20, "share_steps": 10, "cached_steps": 3}
     assert any("cross-attention" in r for r in reasons(graph))
     assert "context: no attention has context frames among its keys" in reasons(graph)
 
@@ -207,7 +206,7 @@ def test_paired_cached_steps_hold_both_branches():
 def test_axial_loop_is_found_and_its_attention_left_alone():
     report, graph = explained(axial.FrameSampler(seeded(axial.AxialWorld)), *axial.inputs(), cache__gate="always")
     assert graph.found["pattern li_models"].startswith("16 nodes") and "4 steps (unrolled), first order" in graph.found["denoising loop"]
-    assert report.counts() == {"equal_rows": 0, "sparse_attention": 0, "pack_context": 0, "share_steps": 4, "cached_steps": 2}
+    assert fired(report.counts()) == {"invariants": 288, "share_steps": 4, "cached_steps": 2}
     found = reasons(graph)
     assert sum("it attends within one frame and to no context" in r for r in found) == 8
     assert sum("it is causal" in r for r in found) == 8
@@ -245,7 +244,7 @@ def test_posed_keys_are_told_apart_though_rotated_after_they_are_joined():
     assert report.prepared == ["models.posed.PosedWorld.mask"]
     assert graph.found["attention, decode"] == "2 sites, grid 4 x 4, 1 branches"
     assert graph.found["context"].startswith("2 concatenations (form frames), 16 tokens a frame, inputs l_past_w2c_, l_keys_0_")
-    assert report.counts() == {"prune_context": 2, "equal_rows": 2, "sparse_attention": 2, "pack_context": 2}
+    assert fired(report.counts()) == {"prune_context": 2, "equal_rows": 2, "invariants": 40, "sparse_attention": 2, "pack_context": 2}
     assert any(r.startswith("denoising loop:") for r in reasons(graph))
 
 
