@@ -1,4 +1,4 @@
-"""Canonical spelling, exact: no-ops vanish, attention written by hand becomes one node, keys and values are joined last.
+"""Canonical spelling, exact: no-ops vanish, attention written by hand becomes one node.
 
 Before::                                            After::
 
@@ -7,7 +7,6 @@ Before::                                            After::
     a = cat([x]); b = x.repeat_interleave(1, dim=1)     a, b, c, d, e -> x
     (c,) = x.split([8]); d = x.to(x.dtype); e = x.expand(x.shape)
     sdpa(q, k, v, attn_mask=ones(L, S, dtype=bool))     sdpa(q, k, v)
-    cat([context_k, k], 1).transpose(1, 2)              see spread_moves.py
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from li_compile.patterns.graph import (CAT, CONV, LINEAR, MATMUL, SDPA, SHAPE_ON
                                        shape, subgraphs, through_shapes, value)
 
 from .record import Record
-from .spread_moves import spread_moves
 
 SOFTMAX = {"softmax"}
 TRANSPOSES = {"transpose", "swapaxes", "permute", "mT", "t"}
@@ -58,7 +56,6 @@ def normalize(module: GraphModule) -> Record:
                 node.args = tuple(None if a is mask else a for a in node.args)
                 node.kwargs = {name: a for name, a in node.kwargs.items() if a is not mask}
                 record.count += 1
-        record.count += spread_moves(graph_module)
     return record
 
 

@@ -35,11 +35,14 @@ def split_cone(module: GraphModule) -> Record:
     for owner in (module, *subgraphs(module).values()):
         for node in [n for n in owner.graph.nodes if calls(n, SDPA)]:
             operands = [argument(node, i, name) for i, name in ((1, "key"), (2, "value"))]
-            if any(len(shape(x) or ()) != 4 for x in operands):
+            query = argument(node, 0, "query")
+            if any(len(shape(x) or ()) != 4 for x in (query, *operands)):
                 continue
             cuts = [_Cut(x) for x in operands]
             parts = [cut.pieces(x, 2) for cut, x in zip(cuts, operands)]
-            if None in parts or not _alike(*parts) or _one_source(cuts[0].leaves) or all(isinstance(p, _Leaf) for x in parts for p in x) \
+            # Of as many keys as queries, from one projection, nothing is context: taken apart for RoPE, as Matrix-Game-3.0 does.
+            same = known(shape(query)[2] == shape(operands[0])[2])
+            if None in parts or not _alike(*parts) or same and _one_source(cuts[0].leaves) or all(isinstance(p, _Leaf) for x in parts for p in x) \
                     or any(written_between(owner.graph, [*c.leaves, *c.tables], c.first, x) for c, x in zip(cuts, operands)):
                 continue
             for x, cut, made in zip(operands, cuts, parts):
@@ -96,6 +99,13 @@ class _Cut:
         if name == "permute":
             order = rest[0] if rest and isinstance(rest[0], (tuple, list)) else rest
             return self._one(node, source, order[dim] % rank, dim) if order else None
+        if name == "movedim":
+            moved, to = ([*rest, *node.kwargs.values()][i] for i in (0, 1))
+            order = [d for d in range(rank) if d != moved % rank] if isinstance(moved, int) and isinstance(to, int) else None
+            if order is None:
+                return None
+            order.insert(to % rank, moved % rank)
+            return self._one(node, source, order[dim], dim)
         if name == "unsqueeze":
             axis = rest[0] % (rank + 1)
             return None if axis == dim else self._one(node, source, dim - (axis < dim), dim)
@@ -243,7 +253,7 @@ class _Made:
 
 
 def _one_source(nodes: list[Node]) -> bool:
-    """Whether all segments come from one projection: taken apart for RoPE, as Matrix-Game-3.0 does, and no context."""
+    """Whether all segments come from one projection."""
     roots = [{a for a in ancestors([n], lambda n: calls(n, LINEAR)) if calls(a, LINEAR)} for n in nodes]
     return bool(roots[0]) and all(r == roots[0] for r in roots)
 

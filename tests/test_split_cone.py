@@ -81,7 +81,7 @@ def test_segments_are_told_apart(name, moving):
             torch._dynamo.mark_dynamic(tensor, 2)
     traced = Traced(module, *inputs)
     record, graph, want, got = rewritten(module, inputs, traced)
-    assert record.count == (name != "layout") and relative(got, want) <= 1e-6  # layout alone is done when a graph is normalised
+    assert record.count == 1 and relative(got, want) <= 1e-6
     (node,) = [n for n in graph.graph.nodes if calls(n, SDPA)]
     for operand in node.args[1:3]:
         parts, dim = cat_operands(operand)
