@@ -90,7 +90,7 @@ class Chosen:
         if len(args) <= 7:
             return args
         latents, action, w2c = args[7:]
-        change = latent_change(latents, 2, dynamics_unit(self.config)) if self.config.context.window == "dynamics" else None
+        change = latent_change(latents, 2, dynamics_unit(self.config.context)) if self.config.context.window == "dynamics" else None
         plan = self.session.planner.decide(w2c[0], args[3][0], self.config, change)
         self.session.record(plan)
         index = torch.tensor(plan.indices, device=latents.device)

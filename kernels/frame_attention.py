@@ -50,12 +50,13 @@ def frame_attention(q, k, v, roles, frames, tokens, block_size, scale):
         pick = lambda x: torch.cat([s if i != at else s.index_select(2, entries) for i, s in enumerate(x)], 2)
         return F.scaled_dot_product_attention(q, pick(k), pick(v), scale=scale).contiguous()
 
-    queries = _padded([q], block_size)
+    missing = num_blocks(q.shape[2], block_size) * block_size - q.shape[2]
+    queries = F.pad(q, (0, 0, 0, missing)) if missing else q
     blocks = (frames[:, None] * (tokens // block_size) + torch.arange(tokens // block_size, device=frames.device)).flatten()
     past, past_lse = _over(queries, k[at], v[at], blocks, block_size, scale)
-    rest_k, rest_v = (_padded([x[i] for i in others], block_size) for x in (k, v))
-    every = torch.arange(rest_k.shape[2] // block_size, device=q.device)
-    rest, rest_lse = _over(queries, rest_k, rest_v, every, block_size, scale, sum(k[i].shape[2] for i in others))
+    rest_k, rest_v = (torch.cat([x[i] for i in others], 2) if len(others) > 1 else x[others[0]] for x in (k, v))
+    every = torch.arange(num_blocks(rest_k.shape[2], block_size), device=q.device)
+    rest, rest_lse = _over(queries, rest_k, rest_v, every, block_size, scale)
     # Two softmaxes over disjoint keys are one, weighted by their sums.
     total = torch.logaddexp(past_lse, rest_lse)
     weigh = lambda x, lse: x * (lse - total).exp().unsqueeze(-1).to(x.dtype)
@@ -67,21 +68,14 @@ def _(q, k, v, roles, frames, tokens, block_size, scale):
     return q.new_empty(q.shape)
 
 
-def _over(queries, k, v, blocks, block_size, scale, length: int | None = None):
+def _over(queries, k, v, blocks, block_size, scale):
     """(out, lse) of all query blocks over the same key blocks."""
     batch, heads, padded, _ = queries.shape
     shape = (batch, heads, padded // block_size, len(blocks))
     indices = blocks.int().expand(shape).contiguous()
     counts = torch.full(shape[:3], len(blocks), dtype=torch.int32, device=k.device)
-    valid = block_valid(k.shape[2] if length is None else length, block_size, k.device)
+    valid = block_valid(k.shape[2], block_size, k.device)
     return attend(Problem(queries, k, v, indices, counts, valid, block_size, scale))
-
-
-def _padded(parts: list[torch.Tensor], block_size: int) -> torch.Tensor:
-    """The parts one after the other, with zeros up to a whole number of blocks: [B, H, n * block_size, D]."""
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-    missing = num_blocks(whole.shape[2], block_size) * block_size - whole.shape[2]
-    return F.pad(whole, (0, 0, 0, missing)) if missing else whole
 
 
 def _check(q, k, v, roles, frames, tokens) -> None:

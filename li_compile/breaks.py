@@ -40,10 +40,9 @@ def breaks_met(preparation: str) -> list[Break]:
         if reason.startswith("generic_jump"):
             reason = "a branch on the contents of a tensor"
         say = [line.partition(":")[2].strip() for line in lines if line.strip().startswith(("Explanation:", "Hint:"))]
-        last = frames[-1] if frames else None
-        where = f"{last.filename}:{last.lineno}" if last else ""
+        where, code = _place(frames)
         # A break inside a call is met again for every caller; it is one.
-        one = found.setdefault((reason, where), Break(reason, where, (last.line or "").strip() if last else "", say, 0, preparation))
+        one = found.setdefault((reason, where), Break(reason, where, code, say, 0, preparation))
         one.times += 1
     return list(found.values())
 
@@ -52,17 +51,21 @@ def ended(error: Exception, preparation: str) -> Break:
     """What to say where the function raised behind a graph break: ``explain`` hands zeros on there, and no real values."""
     ours = tuple(str(pathlib.Path(package.__file__).parent) for package in (torch, li_compile))
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
-    last = frames[-1] if frames else None
     reason = f"what follows was not traced: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     advice = ["Behind a graph break explain goes on with zeros in place of the model's values; code that reads them as sizes or "
               "indices cannot follow. Remove the breaks before it, in the model or in a family's preparation, and explain again."]
-    return Break(reason, f"{last.filename}:{last.lineno}" if last else "", (last.line or "").strip() if last else "", advice, 1, preparation)
+    return Break(reason, *_place(frames), advice, 1, preparation)
+
+
+def _place(frames: list[traceback.FrameSummary]) -> tuple[str, str]:
+    """``file:line`` of the innermost frame, and what stands there; empty if there is none."""
+    return (f"{frames[-1].filename}:{frames[-1].lineno}", (frames[-1].line or "").strip()) if frames else ("", "")
 
 
 def preparation_of(family) -> str:
     """What the family's preparation does about breaks that are met, in a sentence."""
     if family is None:
         return "No preparation was tried: no family is known for this model (li-compile families)."
-    if getattr(family, "prepare", None) is None:
+    if family.prepare is None:
         return f"No preparation would remove it: family {family.name} has none."
     return f"The preparation of family {family.name} was in force and did not remove it."

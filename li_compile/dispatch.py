@@ -153,7 +153,7 @@ class Dispatcher:
         context = self.facts.context
         if self.config.context.window == "fixed" or context.latents is None:
             return None
-        return latent_change(args[self.names.index(context.latents)], context.inputs[context.latents].dim, dynamics_unit(self.config))
+        return latent_change(args[self.names.index(context.latents)], context.inputs[context.latents].dim, dynamics_unit(self.config.context))
 
     def select(self, args: Sequence[Any], plan: ChunkPlan, frames: Sequence[int]) -> list[Any]:
         """Inputs with only these context frames, or with the frames as a further input where the graph selects.

@@ -9,7 +9,6 @@ import torch
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from li_compile import _compat
 from li_compile.config import Config
 from li_compile.errors import ExportError
 from li_compile.passes.gated_steps import gated_steps, inline_regions

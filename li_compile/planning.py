@@ -14,7 +14,7 @@ from li_compile.policies import RELEASED
 from li_compile.policies.base import ChunkPlan, PolicyState
 from li_compile.policies.gates import jumps
 from li_compile.policies.poses import check_poses
-from li_compile.policy import dynamics_unit, latent_change, plan_checked
+from li_compile.policy import check_chunks, dynamics_unit, latent_change, plan_checked
 
 __all__ = ["Planner"]
 
@@ -54,7 +54,7 @@ class Planner:
     def observe(self, latents: torch.Tensor | None, dim: int, depth: torch.Tensor | None, end: int) -> None:
         """Note the newest finished latents, frames along ``dim``, the last of them latent ``end - 1``; and depth maps."""
         if latents is not None:
-            change = latent_change(latents, dim, dynamics_unit(self.config))
+            change = latent_change(latents, dim, dynamics_unit(self.config.context))
             if change is not None:
                 self.changes[end] = change
         if depth is not None:
@@ -80,9 +80,7 @@ class Planner:
     def _decide(self, start: int, size: int) -> ChunkPlan:
         context = self.config.context
         if context.policy != "slots" and (start % context.chunk_frames or size % context.chunk_frames):
-            # The same error as for poses that come from elsewhere.
-            check_poses(self.poses[:start], "history", multiple=context.chunk_frames)
-            check_poses(self.poses[start : start + size], "current", multiple=context.chunk_frames)
+            check_chunks(self.poses[:start], self.poses[start : start + size], self.config)  # raises, as for poses from elsewhere
         last = self.teleports[i - 1] if (i := bisect.bisect_right(self.teleports, start)) else 0
         depth = torch.stack([self.depth[i] for i in range(start)]) if start and all(i in self.depth for i in range(start)) else None
         plan = plan_checked(self.poses[:start], self.poses[start : start + size], self.config, state=self._state(start, size),
@@ -106,8 +104,7 @@ class Planner:
 
         The same inputs again are the same chunk again, run twice: it is planned after the same state.
         """
-        multiple = 1 if config.context.policy == "slots" else config.context.chunk_frames
-        history, current = (check_poses(p, n, multiple=multiple) for p, n in ((history, "history"), (current, "current")))
+        history, current = check_chunks(history, current, config)
         given, before = (history, current, change), PolicyState()
         if self._last is not None:
             (h, c, d), *states = self._last

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from li_compile.config import Config
+from li_compile.config import Config, ContextConfig
 from li_compile.errors import PoseError
 from li_compile.policies import RELEASED, SELECTORS
 from li_compile.policies.base import Choice, ChunkPlan, PolicyState, Scene
@@ -18,7 +18,7 @@ from li_compile.policies.gates import held, is_revisit, jumps
 from li_compile.policies.poses import check_poses
 from li_compile.policies.window import latent_change, smoothed, window_length
 
-__all__ = ["ChunkPlan", "PolicyState", "check_poses", "dynamics_unit", "latent_change", "plan_checked", "plan_context"]
+__all__ = ["ChunkPlan", "PolicyState", "check_chunks", "check_poses", "dynamics_unit", "latent_change", "plan_checked", "plan_context"]
 
 
 def plan_context(history_w2c: Any, current_w2c: Any, config: Config, *, state: PolicyState = PolicyState(),
@@ -44,10 +44,14 @@ def plan_context(history_w2c: Any, current_w2c: Any, config: Config, *, state: P
 
     Source: Light Interaction section 3.1 and eq. 5-8.
     """
-    multiple = 1 if config.context.policy == "slots" else config.context.chunk_frames
-    history = check_poses(history_w2c, "history", multiple=multiple)
-    current = check_poses(current_w2c, "current", multiple=multiple)
+    history, current = check_chunks(history_w2c, current_w2c, config)
     return plan_checked(history, current, config, state=state, change=change, depth=depth)
+
+
+def check_chunks(history_w2c: Any, current_w2c: Any, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as :func:`check_poses` returns them, of whole chunks but for memory slots. Raises PoseError."""
+    multiple = 1 if config.context.policy == "slots" else config.context.chunk_frames
+    return check_poses(history_w2c, "history", multiple=multiple), check_poses(current_w2c, "current", multiple=multiple)
 
 
 def plan_checked(history: torch.Tensor, current: torch.Tensor, config: Config, *, state: PolicyState = PolicyState(),
@@ -84,18 +88,18 @@ def plan_checked(history: torch.Tensor, current: torch.Tensor, config: Config, *
                      choice.slots, teleported, PolicyState(memory, reuse if choice.scores else state.reuse, state.dynamics))
 
 
-def dynamics_unit(config: Config) -> int:
+def dynamics_unit(context: ContextConfig) -> int:
     """Latents of a unit of eq. 1 to 3."""
-    return config.context.chunk_frames if config.context.dynamics_unit == "chunk" else 1
+    return context.chunk_frames if context.dynamics_unit == "chunk" else 1
 
 
-def _window(context, state: PolicyState, change: float | None) -> tuple[PolicyState, int]:
+def _window(context: ContextConfig, state: PolicyState, change: float | None) -> tuple[PolicyState, int]:
     """State with the newest change smoothed in, and the temporal window in latents."""
     if context.window == "fixed":
         return state, context.temporal_frames
     if change is not None:
         state = PolicyState(state.memory, state.reuse, smoothed(state.dynamics, change, context.alpha))
-    unit = context.chunk_frames if context.dynamics_unit == "chunk" else 1
+    unit = dynamics_unit(context)
     if state.dynamics is None or context.temporal_frames < unit:
         return state, context.temporal_frames
     return state, unit * window_length(state.dynamics, context.kappa, context.temporal_frames // unit)

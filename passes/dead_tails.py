@@ -21,7 +21,7 @@ from li_compile.patterns.graph import region_calls, subgraphs
 
 from .cost import cost
 from .record import Record
-from .regions import drop_dead, drop_unused
+from .regions import drop_dead, drop_unused, retarget
 
 
 def dead_tails(module: GraphModule) -> Record:
@@ -43,7 +43,7 @@ def dead_tails(module: GraphModule) -> Record:
             name = f"{region}_tail_{'_'.join(map(str, read))}"
             module.add_submodule(name, part)
             for call in calls:
-                _retarget(module, call, name, read)
+                _only(module, call, name, read)
             drop_unused(module, part, name)
             record.count += len(calls)
             record.details.append(f"{len(calls)} x outputs {', '.join(map(str, read))} of {len(output.args[0])}, {saved / 1e9:.2f} GFLOP less each")
@@ -65,11 +65,8 @@ def _part(sub: GraphModule, read: tuple[int, ...]) -> GraphModule:
     return part
 
 
-def _retarget(module: GraphModule, call: Node, name: str, read: tuple[int, ...]) -> None:
-    with module.graph.inserting_before(call):
-        attribute = module.graph.get_attr(name)
-    attribute.meta = dict(call.args[0].meta)
-    call.args = (attribute, name, *call.args[2:])
+def _only(module: GraphModule, call: Node, name: str, read: tuple[int, ...]) -> None:
+    retarget(module, call, name)
     for user in list(call.users):
         if user.args[1] in read:
             user.args = (call, read.index(user.args[1]))

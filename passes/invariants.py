@@ -28,7 +28,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from li_compile.patterns import DenoisingLoop
-from li_compile.patterns.effects import is_pure, modes, target, written
+from li_compile.patterns.effects import is_pure, mode_texts, modes, target, written
 from li_compile.patterns.graph import ancestors, descendants, hint, name_of, placeholders, region_calls, subgraphs, value
 from li_compile.patterns.loop_body import Body
 
@@ -91,7 +91,7 @@ def merge_equal(graph: Graph, call_of: Mapping[Node, object] = MappingProxyType(
     """
     first: dict[str, Node] = {}
     numbers: dict[Node, int] = {}
-    changing, around, count = written(graph), _modes(graph), 0
+    changing, around, count = written(graph), mode_texts(graph), 0
     for node in list(graph.nodes):
         numbers[node] = len(numbers)
         if not _stays(node, changing):
@@ -112,11 +112,6 @@ def _stays(node: Node, changing: set[Node]) -> bool:
     return is_pure(node) and target(node) not in changing and not any(target(x) in changing for x in node.all_input_nodes)
 
 
-def _modes(graph: Graph) -> dict[Node, str]:
-    """Node -> what autocast is where it stands."""
-    return {n: repr([(e.args, e.kwargs) for e in open_]) for n, open_ in modes(graph).items()}
-
-
 def hoist(module: GraphModule, region: str, first: Node | None = None, late: Set[Node] = frozenset(),
           most: int | None = None) -> list[Moved]:
     """Move values that are the same in several calls out of one region.
@@ -128,7 +123,7 @@ def hoist(module: GraphModule, region: str, first: Node | None = None, late: Set
     if len(found) < 2:
         return []
     operands = {p: 2 + i for i, p in enumerate(placeholders(sub.graph))}
-    changing, inner, outer = written(sub.graph) | _changing_operands(module, found, operands), modes(sub.graph), _modes(module.graph)
+    changing, inner, outer = written(sub.graph) | _changing_operands(module, found, operands), modes(sub.graph), mode_texts(module.graph)
     reads = {p: frozenset((p,)) for p, i in operands.items() if not any(isinstance(c.args[i], Node) and c.args[i] in late for c in found)}
     for node in sub.graph.nodes:
         if _stays(node, changing) and not inner[node] and all(x in reads for x in node.all_input_nodes):

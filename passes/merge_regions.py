@@ -15,28 +15,27 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule
 
-from li_compile.patterns.effects import modes
+from li_compile.patterns.effects import mode_texts
 from li_compile.patterns.graph import placeholders, region_calls, subgraphs, value
 
+from .propagate import layout
 from .record import Record
+from .regions import retarget
 
 
 def merge_regions(module: GraphModule) -> Record:
     """Retarget calls, in place. Counts the regions that are no longer needed."""
     record = Record("merge_regions")
     first: dict[str, str] = {}
-    modes_ = modes(module.graph)
+    modes = mode_texts(module.graph)
     for region, sub in subgraphs(module).items():
         # Traced once, a region keeps the autocast of its first call.
-        around = {repr([(e.args, e.kwargs) for e in modes_[call]]) for call in region_calls(module, region)}
+        around = {modes[call] for call in region_calls(module, region)}
         kept = first.setdefault(f"{sorted(around)}\n{signature(sub)}", region)
         if kept == region:
             continue
         for call in region_calls(module, region):
-            with module.graph.inserting_before(call):
-                attribute = module.graph.get_attr(kept)
-            attribute.meta = dict(call.args[0].meta)
-            call.args = (attribute, kept, *call.args[2:])
+            retarget(module, call, kept)
         record.count += 1
     if record.count:
         record.details.append(f"{record.count + len(first)} regions, {len(first)} different ones")
@@ -47,7 +46,7 @@ def signature(sub: GraphModule) -> str:
     """What a region computes, as text: equal for two regions that compute the same of operands of the same layout."""
     numbers = {node: i for i, node in enumerate(sub.graph.nodes)}
     text = lambda x: repr(torch.fx.map_arg(x, lambda n: f"%{numbers[n]}"))
-    lines = [str(_layout(value(p))) for p in placeholders(sub.graph)]
+    lines = [str(layout(value(p))) for p in placeholders(sub.graph)]
     for node in sub.graph.nodes:
         what = "" if node.op == "placeholder" else str(node.target)
         if node.op == "get_attr":  # another region, or a constant that only this region has
@@ -55,7 +54,3 @@ def signature(sub: GraphModule) -> str:
             what = signature(inner) if isinstance(inner, GraphModule) else f"constant {id(inner)}"
         lines.append(f"{node.op} {what} {text(node.args)} {text(node.kwargs)}")
     return "\n".join(lines)
-
-
-def _layout(x) -> tuple:
-    return (tuple(x.shape), x.stride(), x.dtype, x.device) if isinstance(x, torch.Tensor) else (x,)

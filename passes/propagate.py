@@ -53,7 +53,7 @@ class _Propagate(Interpreter):
 
     def call_function(self, target, args, kwargs):
         if target is REGION:  # walk the region itself, so that its nodes get shapes too; once, as all calls are alike
-            key = (args[0], str([_layout(x) for x in args[2:]]))  # as text: symbolic sizes cannot be hashed
+            key = (args[0], str([layout(x) for x in args[2:]]))  # as text: symbolic sizes cannot be hashed
             if key not in self.regions:
                 self.regions[key] = _Propagate(args[0], self.mode).run(*args[2:])
             return self.regions[key]
@@ -83,10 +83,11 @@ def _kept(old, new):
     whose = [getattr(x, "fake_mode", None) for x in (old, new)]  # one of two modes must not meet the other's tensors
     numbers = (*new.shape, *new.stride(), new.storage_offset())
     alike = whose[0] is whose[1] and all(isinstance(n, int) for n in numbers) and old.storage_offset() == new.storage_offset()
-    return old if alike and _layout(old) == _layout(new) else new
+    return old if alike and layout(old) == layout(new) else new
 
 
-def _layout(x) -> tuple:
+def layout(x) -> tuple:
+    """Shape, strides, dtype and device of a tensor; anything else as it is."""
     return (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, torch.Tensor) else (x,)
 
 

@@ -55,6 +55,14 @@ def hand_in(sub: GraphModule, calls: list[Node], values: list[list[Node]], name:
     return inside
 
 
+def retarget(module: GraphModule, call: Node, region: str) -> None:
+    """Let a call run another region of the graph, on the same operands."""
+    with module.graph.inserting_before(call):
+        attribute = module.graph.get_attr(region)
+    attribute.meta = dict(call.args[0].meta)
+    call.args = (attribute, region, *call.args[2:])
+
+
 def drop_dead(graph_module: GraphModule) -> None:
     """Remove nodes that nothing reads and that have no effect of their own; modes stay, as they act without being read, and so
     do the limits of a ``torch.func.vmap``."""

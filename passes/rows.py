@@ -7,10 +7,8 @@ depends on row i of its operands alone, the same way for every i.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping
 
-import torch
 from torch.fx import Node
 
 from li_compile.patterns.graph import LINEAR, argument, calls, name_of, shape, value

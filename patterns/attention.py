@@ -16,8 +16,8 @@ import math
 
 from torch.fx import GraphModule, Node
 
-from .graph import (CONV, LINEAR, REGION, SDPA, Miss, ancestors, argument, calls, cat_operands, hint, known, placeholders,
-                    region_calls, region_operand, shape, source_line, subgraphs, through_shapes)
+from .graph import (CONV, LINEAR, REGION, SDPA, Miss, ancestors, argument, calls, cat_operands, hint, known, region_calls,
+                    region_operand, shape, source_line, subgraphs, through_shapes)
 from .grids import solve_grids, why_unknown
 
 TEXT, CONTEXT, CURRENT = 0, 1, 2

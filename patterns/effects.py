@@ -128,3 +128,8 @@ def modes(graph) -> dict[Node, tuple[Node, ...]]:
         if name_of(node) == "_enter_autocast":
             open_.append(node)
     return found
+
+
+def mode_texts(graph) -> dict[Node, str]:
+    """Node -> what autocast is where it stands, as text: equal where ``modes`` come to the same."""
+    return {n: repr([(e.args, e.kwargs) for e in open_]) for n, open_ in modes(graph).items()}

@@ -29,7 +29,7 @@ def find_spellings(module: GraphModule, family: Family | None = None) -> Found:
     one that it does not."""
     found, registered = Found(), [p for p in patterns() if p.read is not None]
     for region, graph_module in {"": module, **subgraphs(module)}.items():
-        read: list[tuple[str, Spelling]] = []
+        read: list[Spelling] = []
         for node in graph_module.graph.nodes:
             if not node.op.startswith("call"):
                 continue
@@ -38,19 +38,19 @@ def find_spellings(module: GraphModule, family: Family | None = None) -> Found:
             if family is not None and len(given) > 1:
                 given = [g for g in given if isinstance(g, Spelling) and g.pattern in family.attention] or given
             found.misses += [g for g in given if isinstance(g, Miss)]
-            read += [(region, g) for g in given if isinstance(g, Spelling)]
+            read += [g for g in given if isinstance(g, Spelling)]
         found.spellings[region] = _checked(read, found)
     return found
 
 
-def _checked(read: list[tuple[str, Spelling]], found: Found) -> list[Spelling]:
+def _checked(read: list[Spelling], found: Found) -> list[Spelling]:
     """Of the spellings of one graph those that stand alone and keep shapes; the others are noted as wrong."""
     owner: dict[Node, list[Spelling]] = {}
-    for _, spelling in read:
+    for spelling in read:
         for node in spelling.nodes:
             owner.setdefault(node, []).append(spelling)
     good = []
-    for _, spelling in read:
+    for spelling in read:
         rivals = [s for n in spelling.nodes for s in owner[n] if s is not spelling]
         if rivals:
             names = " and ".join(dict.fromkeys(repr(s.pattern) for s in (spelling, *rivals)))

@@ -15,6 +15,14 @@ def clean_dynamo():
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def own_report(request):
+    """The report of graphs compiled begins with the test."""
+    from li_compile.backend import last_report
+
+    last_report(new={"test": request.node.name})
+
+
 @pytest.fixture(scope="session")
 def tiny_world():
     """tiny_world(regional=..., depth=2): Doom World with 2 blocks of 32 channels on 4 x 4 tokens, random weights."""

@@ -23,9 +23,7 @@ from li_compile.policy import plan_context
 EAGER = {"lowering": "eager"}
 
 
-@pytest.fixture(autouse=True)
-def own_report(request):
-    last_report(new={"test": request.node.name})
+pytestmark = pytest.mark.usefixtures("own_report")
 
 
 @pytest.fixture(scope="session")

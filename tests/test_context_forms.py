@@ -6,7 +6,7 @@ import pytest
 import torch
 from context_models import (ARGUMENTS, DEPTH, TOKENS, Remembering, Rolling, attend, keep_memory, mark, remembering_inputs,
                             rolling_inputs, rotate)
-from tracing import Traced, relative, turn, world_inputs
+from tracing import Traced, relative, seeded, turn, world_inputs
 
 from li_compile import Config, Session
 from li_compile.backend import last_report
@@ -16,15 +16,7 @@ from li_compile.patterns import Family, registry
 BASE = {"lowering": "eager", "strict": True, "preset": "context", "context.policy": "authors"}
 
 
-@pytest.fixture(autouse=True)
-def own_report(request):
-    last_report(new={"test": request.node.name})
-
-
-def seeded(make, **arguments):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return make(**arguments).eval()
+pytestmark = pytest.mark.usefixtures("own_report")
 
 
 def session(history: int, *, revisit: bool, **options) -> Session:

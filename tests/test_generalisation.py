@@ -8,7 +8,7 @@ import pathlib
 import pytest
 import torch
 from models import axial, paired, posed, rolling
-from tracing import fired, relative, turn
+from tracing import fired, relative, seeded, turn
 
 import li_compile
 from li_compile import Config, Session
@@ -31,15 +31,7 @@ def families():
         getattr(registry, name).update(known)
 
 
-@pytest.fixture(autouse=True)
-def own_report(request):
-    last_report(new={"test": request.node.name})
-
-
-def seeded(make, **arguments):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return make(**arguments).eval()
+pytestmark = pytest.mark.usefixtures("own_report")
 
 
 def compiled(fn, **options):
@@ -52,7 +44,6 @@ def only_graph(report):
 
 
 def explained(fn, *args, **options):
-    torch._dynamo.utils.counters.clear()  # breaks of another test
     report = li_compile.explain(fn, *args, config=Config.from_options(BASE | {k.replace("__", "."): v for k, v in options.items()}))
     assert not report.breaks
     return report, only_graph(report)

@@ -60,7 +60,8 @@ def test_all_through_inductor_is_all_in_eager(results):
 def test_a_preallocated_cache_through_inductor(cache_of_our_own):
     """Frames come in as a further input and the start stays symbolic: one variant serves all chunks, caches are written."""
     from context_models import Rolling, rolling_inputs
-    from test_context_forms import rolled, seeded, session
+    from test_context_forms import rolled, session
+    from tracing import seeded
 
     model = seeded(Rolling)
     fn = torch.compile(model, backend="light_interaction", fullgraph=True, options={"preset": "context", "context.policy": "authors"})

@@ -24,6 +24,13 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got - want).norm() / want.norm()).item()
 
 
+def seeded(make, **arguments) -> torch.nn.Module:
+    """A model with the same random weights each time, for inference."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make(**arguments).eval()
+
+
 def fired(counts: dict[str, int]) -> dict[str, int]:
     """The passes that did something."""
     return {name: count for name, count in counts.items() if count}

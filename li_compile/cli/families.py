@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import typer
-
 
 def command() -> None:
     """List the model families and the registered patterns, with the package that each comes from."""

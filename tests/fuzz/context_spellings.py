@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
-from attention_spellings import CAST, COLUMNS, DIM, EMBED, FRAME, HEAD_DIM, HEADS, JOIN, MOVE, NORM, PROJECT, ROPE, ROWS, WHERE
+from attention_spellings import CAST, COLUMNS, DIM, EMBED, FRAME, HEAD_DIM, HEADS, JOIN, MOVE, NORM, PROJECT, ROWS, WHERE
 from torch import nn
 
 FORMS = ("frames", "cache", "latents", "slices")

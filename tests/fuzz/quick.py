@@ -50,6 +50,13 @@ def operators(module: GraphModule) -> list[tuple]:
     return [(name_of(n), [hint(d) for d in shape(n) or ()]) for n in module.graph.nodes if n.op.startswith("call") and not skipped(n)]
 
 
+def as_dynamo(fn, *inputs) -> Traced:
+    """What Dynamo traces, which must be what ``Quick`` writes."""
+    traced = Traced(fn, *inputs)
+    assert operators(Quick(fn, *inputs).module) == operators(traced.module)
+    return traced
+
+
 def _weights(fn, seen=None):
     """(name, tensor) of the parameters and buffers of a module, or of those in a function's closure."""
     seen = set() if seen is None else seen
