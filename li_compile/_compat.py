@@ -53,6 +53,18 @@ def as_traced(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     return module
 
 
+def frame_modules() -> list[torch.nn.Module]:
+    """The modules among the variables of the function that Dynamo traces, its ``self`` first (2.11 to 2.14:
+    ``InstructionTranslator.current_tx().f_locals``): a graph's nodes name the modules inside of it, and not the one it is of."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        variables = InstructionTranslator.current_tx().f_locals
+    except AttributeError:  # not called by Dynamo
+        return []
+    return [v for v in variables.values() if isinstance(v, torch.nn.Module)]
+
+
 def mode_patches(mode: str | None) -> dict[str, Any]:
     """Inductor's options for ``torch.compile(mode=...)``; raises RuntimeError for an unknown mode."""
     if mode is None or mode == "default":

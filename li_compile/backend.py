@@ -24,6 +24,7 @@ def light_interaction(gm, example_inputs: Sequence[Any], *, mode: str | None = N
     from li_compile.dispatch import Dispatcher
     from li_compile.errors import LightInteractionError, RewriteError
     from li_compile.patterns.graph import placeholders, value
+    from li_compile.patterns.preparation import in_force, is_prepared
     from li_compile.pipeline import canonical, digest, match, report_of
     from li_compile.report import GraphReport
 
@@ -57,6 +58,11 @@ def light_interaction(gm, example_inputs: Sequence[Any], *, mode: str | None = N
             raise RewriteError(f"{text}. Report it with the graph, or compile without strict.") from error
         warnings.warn(text, stacklevel=2)
         return lower(gm, example_inputs)
+    report.prepared = in_force()
+    if not is_prepared(facts.family):
+        warnings.warn(
+            f"this graph is of family {facts.family.name}, whose preparation was not run: there was no model of it when torch looked the "
+            "backend up. Compile it with li_compile.compile(model, ...), which prepares first, or expect graph breaks.", stacklevel=2)
     graph_report = report_of(len(report.graphs), facts)
     report.graphs.append(graph_report)
     if facts.empty:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from li_compile.backend import last_report, light_interaction
 from li_compile.config import Config
 from li_compile.errors import ConfigError
 from li_compile.patterns.preparation import prepare
@@ -34,7 +35,8 @@ class Compiled:
     def __init__(self, original: Callable[..., Any], config: Config) -> None:
         self.original, self.config = original, config
         self.preparation = prepare(original, family_of(config))
-        self._run = torch.compile(original, backend="light_interaction", options=config.to_options())
+        # The function and not its name: looking that up would prepare what nobody could undo.
+        self._run = torch.compile(original, backend=light_interaction, options=config.to_options())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._run(*args, **kwargs)
@@ -45,8 +47,6 @@ class Compiled:
         return getattr(self.original, name)
 
     def report(self):
-        from li_compile.backend import last_report
-
         return last_report()
 
     def detach(self) -> Callable[..., Any]:

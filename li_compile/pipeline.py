@@ -42,7 +42,7 @@ from li_compile.patterns.context_check import check_context
 from li_compile.patterns.find_spellings import Found, find_spellings, fired, never_fired
 from li_compile.patterns.graph import placeholders, value
 from li_compile.patterns.matching import match_attention, match_context, match_loop
-from li_compile.patterns.recognise import family_of_graph
+from li_compile.patterns.recognise import FRAME, family_of_graph, qualified
 from li_compile.report import GraphReport, VariantReport
 from li_compile.reuse import apply_reuse, describe, found_loop
 
@@ -113,6 +113,7 @@ def family_of(config: Config, module: GraphModule | None = None) -> patterns.Fam
 def canonical(module: GraphModule, inputs: Sequence[Any], config: Config | None = None) -> GraphModule:
     """A normalised copy of a traced graph, with shapes on every node."""
     module = copy.deepcopy(module)
+    module.meta[FRAME] = [qualified(type(m)) for m in _compat.frame_modules()]
     respell(module, family_of(config or Config(), module))
     normalize(module)
     split_cone(module)

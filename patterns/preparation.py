@@ -2,37 +2,79 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
+import sys
 from typing import Any
 
 from .recognise import qualified, roots
-from .registry import Family
+from .registry import Family, families
 
 _MISSING = object()
+
+
+@dataclasses.dataclass(eq=False)
+class _Change:
+    owner: Any
+    name: str
+    before: Any
+    holders: int = 0
+
+    def __str__(self) -> str:
+        whose = self.owner.__name__ if hasattr(self.owner, "__name__") else qualified(type(self.owner))
+        return f"{whose}.{self.name}"
+
+
+# Two models of one family share classes and modules: what is changed there is changed once, and back when the last one is undone.
+_LIVE: dict[tuple[int, str], _Change] = {}
+_PREPARED: dict[str, int] = {}  # family -> preparations in force
 
 
 class Preparation:
     """Changes of attributes, in order. ``patch(owner, name, new)`` makes one; ``undo()`` takes all back."""
 
     def __init__(self) -> None:
-        self._before: list[tuple[Any, str, Any]] = []
+        self._mine: list[_Change] = []
+        self._families: list[str] = []
         self.changes: list[str] = []
 
     def __call__(self, owner: Any, name: str, new: Any) -> None:
-        own = vars(owner) if hasattr(owner, "__dict__") else {}
         if not hasattr(owner, name):
             raise AttributeError(f"{owner!r} has no attribute {name!r} that a preparation could change")
-        self._before.append((owner, name, own.get(name, _MISSING)))
-        setattr(owner, name, new)
-        whose = owner.__name__ if hasattr(owner, "__name__") else qualified(type(owner))
-        self.changes.append(f"{whose}.{name}")
+        change = _LIVE.get((id(owner), name))
+        if change is None:
+            own = vars(owner) if hasattr(owner, "__dict__") else {}
+            change = _LIVE[id(owner), name] = _Change(owner, name, own.get(name, _MISSING))
+            setattr(owner, name, new)
+        if change not in self._mine:
+            change.holders += 1
+            self._mine.append(change)
+            self.changes.append(str(change))
+
+    def run(self, family: Family, model: Any) -> None:
+        """Run the family's hook on a module; where it raises, everything is taken back."""
+        if family.name not in self._families:
+            self._families.append(family.name)
+            _PREPARED[family.name] = _PREPARED.get(family.name, 0) + 1
+        try:
+            family.prepare(model, self)
+        except BaseException:
+            self.undo()
+            raise
 
     def undo(self) -> None:
-        while self._before:
-            owner, name, before = self._before.pop()
-            if before is _MISSING:  # it was its class's
-                delattr(owner, name)
+        while self._mine:
+            change = self._mine.pop()
+            change.holders -= 1
+            if change.holders:
+                continue
+            del _LIVE[id(change.owner), change.name]
+            if change.before is _MISSING:  # it was its class's
+                delattr(change.owner, change.name)
             else:
-                setattr(owner, name, before)
+                setattr(change.owner, change.name, change.before)
+        while self._families:
+            _PREPARED[self._families.pop()] -= 1
 
 
 def prepare(model: Any, family: Family | None) -> Preparation:
@@ -41,11 +83,31 @@ def prepare(model: Any, family: Family | None) -> Preparation:
     done = Preparation()
     if family is None or family.prepare is None:
         return done
-    try:
-        mine = [m for root in roots(model) for m in root.modules() if qualified(type(m)) in family.modules[:1]]
-        for target in mine if family.modules else [model]:
-            family.prepare(target, done)
-    except BaseException:
-        done.undo()
-        raise
+    mine = [m for root in roots(model) for m in root.modules() if qualified(type(m)) in family.modules[:1]]
+    for target in mine if family.modules else [model]:
+        done.run(family, target)
     return done
+
+
+def prepare_loaded() -> Preparation:
+    """Run the hooks of all families on the models of theirs that exist in this process."""
+    done = Preparation()
+    for family in families().values():
+        if family.prepare is None or not family.modules:
+            continue
+        module, _, name = family.modules[0].rpartition(".")
+        cls = getattr(sys.modules.get(module), name, None)
+        for model in gc.get_objects() if isinstance(cls, type) else ():
+            if type(model) is cls:
+                done.run(family, model)
+    return done
+
+
+def in_force() -> list[str]:
+    """What is changed at the moment, in order."""
+    return list(dict.fromkeys(map(str, _LIVE.values())))
+
+
+def is_prepared(family: Family | None) -> bool:
+    """Whether there is nothing to prepare, or some model of the family was."""
+    return family is None or family.prepare is None or _PREPARED.get(family.name, 0) > 0

@@ -23,10 +23,14 @@ def recognised(classes: Iterable[str]) -> list[Family]:
     return [f for f in families().values() if classes.intersection(f.modules)]
 
 
+FRAME = "li_frame"  # in a graph's meta: the classes of the modules that the traced function was handed, which no node names
+
+
 def family_of_graph(module: GraphModule) -> list[Family]:
-    """The families that the submodules a graph was traced through belong to; several are an ambiguity."""
+    """The families that the modules a graph was traced through belong to; several are an ambiguity."""
     graphs = (module, *subgraphs(module).values())
-    return recognised(qualified(cls) for m in graphs for n in m.graph.nodes for _, cls in (n.meta.get("nn_module_stack") or {}).values())
+    inside = (qualified(cls) for m in graphs for n in m.graph.nodes for _, cls in (n.meta.get("nn_module_stack") or {}).values())
+    return recognised([*module.meta.get(FRAME, ()), *inside])
 
 
 def family_of_model(model) -> list[Family]:

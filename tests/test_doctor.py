@@ -23,7 +23,7 @@ def test_here_all_is_well_and_it_says_with_what(tmp_path, monkeypatch):
     assert findings["torch"]["found"] == importlib.metadata.version("torch")
     assert "builds with OpenMP" in findings["c++ compiler"]["found"]
     assert str(tmp_path) in findings["inductor cache"]["found"] and "0 MiB in 0 files" in findings["inductor cache"]["found"]
-    assert "light_interaction = li_compile.backend:light_interaction" == findings["backend"]["found"]
+    assert "light_interaction = li_compile.lookup:light_interaction" == findings["backend"]["found"]
     if not torch.cuda.is_available():
         assert "float32: cpu" in findings["attention kernel"]["found"] and findings["gpu"]["status"] == "note"
     table = CliRunner().invoke(app, ["doctor"])

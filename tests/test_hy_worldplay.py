@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from packaging.version import Version
 
 import li_compile
+from li_compile.backend import light_interaction
 from li_compile.patterns.families.hy_worldplay import FAMILY, pinned
 from li_compile.patterns.graph import REGION
 
@@ -77,7 +78,7 @@ def test_explain_sees_the_attention_and_leaves_the_modules_as_they_were(upstream
 def test_unprepared_the_graph_breaks_at_the_attention(upstream):
     _, model, _ = upstream
     with torch.no_grad(), pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
-        torch.compile(model, backend="light_interaction", fullgraph=True)(torch.randn(1, 3, 4, 4, 4))
+        torch.compile(model, backend=light_interaction, fullgraph=True)(torch.randn(1, 3, 4, 4, 4))
 
 
 def test_the_choice_is_asked_before_tracing_but_where_it_depends_on_the_block(upstream):
