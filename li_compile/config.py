@@ -73,6 +73,7 @@ class ExactConfig(_Section):
     dead_tails: a block computes only those of its outputs that are read.
     merge_regions: equal blocks are compiled once.
     shared_steps: the model that a sampling loop calls N times is compiled once and called N times.
+    repeated_blocks: equal blocks of a flat graph are compiled once and called N times.
     islands: what becomes of products in fp32 within a model in half precision, which ``explain`` lists: "keep" leaves them
         alone; "bf16" computes them in bf16, which is not exact and therefore never a default.
     """
@@ -86,6 +87,7 @@ class ExactConfig(_Section):
     dead_tails: bool = option(True, FLAG)
     merge_regions: bool = option(True, FLAG)
     shared_steps: bool = option(True, FLAG)
+    repeated_blocks: bool = option(True, FLAG)
     islands: str = option("keep", one_of("keep", "bf16"))
 
 

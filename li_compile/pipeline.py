@@ -33,6 +33,7 @@ from li_compile.passes.prune_cache import prune_cache
 from li_compile.passes.prune_context import prune_context
 from li_compile.passes.real_arithmetic import real_arithmetic
 from li_compile.passes.record import Record, Refused
+from li_compile.passes.repeated_blocks import repeated_blocks
 from li_compile.passes.respell import respell
 from li_compile.passes.share_steps import share_steps
 from li_compile.passes.sparse_attention import sparse_attention
@@ -169,7 +170,7 @@ def report_of(index: int, facts: Facts) -> GraphReport:
                                           f"{here[0].grid[1]}, {here[0].branches} branches"
     if facts.context is not None:
         c = facts.context
-        found["context"] = f"{c.sites} concatenations (form {c.form}), {c.tokens} tokens a frame, inputs {', '.join(c.inputs)}" \
+        found["context"] = f"{c.sites} concatenations (form {c.form}), {c.tokens} tokens a frame, inputs {_some(list(c.inputs))}" \
                            + ("" if c.history_w2c else "; no cameras among them: pruned by Session.chunk()")
     if facts.loop is not None:
         found["denoising loop"] = describe(facts.loop)
@@ -183,13 +184,21 @@ def report_of(index: int, facts: Facts) -> GraphReport:
     return GraphReport(index, len(facts.module.graph.nodes), found, facts.misses, flops, moved)
 
 
+def _some(names: list[str]) -> str:
+    """The names, of many the first ones and how many more."""
+    return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:4])} and {len(names) - 4} more"
+
+
 def build(facts: Facts, config: Config, inputs: Sequence[Any], mode, *, kept: int | None, reuse: bool,
           base: Base | None = None, observe: Callable[[str, GraphModule], None] | None = None) -> tuple[GraphModule, VariantReport]:
     """Run the passes for one variant. base: what ``prepare`` gave for this context length, if it was run before.
     observe: called with each pass's name and the graph after it."""
     base = base or prepare(facts, config, inputs, mode, kept, observe)
     variant = Base(copy.deepcopy(base.module), list(base.records), observe)
-    apply_reuse(partial(_apply, variant, config, inputs, mode), facts, config, reuse)
+    apply = partial(_apply, variant, config, inputs, mode)
+    apply_reuse(apply, facts, config, reuse)
+    if config.exact.enabled and config.exact.repeated_blocks and not facts.empty:
+        apply("repeated_blocks", repeated_blocks)
     flops, moved = cost(variant.module)
     return variant.module, VariantReport(kept, reuse, variant.records, flops, moved)
 

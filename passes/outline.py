@@ -37,13 +37,13 @@ def outline(module: GraphModule, body: Body, name: str, before: Node | None = No
     sub = _region(module, body, sizes)
     module.add_submodule(name, sub)
     graph, calls = module.graph, []
-    order = {n: i for i, n in enumerate(graph.nodes)}
+    order, handed = {n: i for i, n in enumerate(graph.nodes)}, {}  # what a call gives may be what the next one takes
     for i in range(body.calls):
         own = sorted(body.of(i), key=order.__getitem__)
         with graph.inserting_after(own[-1]) if before is None else graph.inserting_before(before):
             getter = graph.get_attr(name)
         with graph.inserting_after(getter):
-            operands = [*shared, *(n[i] for n in body.varying), *sizes]
+            operands = [*shared, *(handed.get(n[i], n[i]) for n in body.varying), *sizes]
             call = graph.call_function(REGION, (getter, name, *operands))
         with graph.inserting_before(getter):
             numbers = [_scalar(graph, n.values[i], body.nodes[n.node][i]) for n in body.numbers]
@@ -52,7 +52,7 @@ def outline(module: GraphModule, body: Body, name: str, before: Node | None = No
         with graph.inserting_after(call):
             for k, out in reversed(list(enumerate(body.outputs))):
                 item = graph.call_function(operator.getitem, (call, k))
-                item.meta = dict(out[i].meta)
+                item.meta, handed[out[i]] = dict(out[i].meta), item
                 for user in [u for u in out[i].users if u not in own]:
                     user.replace_input_with(out[i], item)
         for node in reversed(own):
