@@ -19,7 +19,7 @@ from li_compile.passes.cost import Product, products
 from li_compile.patterns.attention import ROLE_NAMES
 from li_compile.patterns.graph import hint, name_of, placeholders, source_line, value
 from li_compile.patterns.preparation import prepare
-from li_compile.pipeline import Facts, build, canonical, family_of, match, report_of
+from li_compile.pipeline import Facts, build, canonical, family_of, match, report_of, static_inputs
 from li_compile.report import GraphReport, PassEffect, Report, SiteReport, Work
 from li_compile.reuse import can_reuse
 from li_compile.roofline import Machine, machine_of
@@ -121,7 +121,7 @@ def _rewrite(facts: Facts, fakes: list[Any], graph: GraphReport, report: Report,
         mine = [p for p in work if p.node.meta.get(SITE) == i]
         graph.sites.append(SiteReport(group[0].node.name, pattern, where, sum(p.runs for p in mine), price(mine)))
     for kept, reuse in _variants(facts, config):
-        mode, static = _static(facts, fakes, kept)
+        mode, static = static_inputs(facts, fakes, kept)
         effects, last = [], price(work)
 
         def observe(name: str, module: torch.fx.GraphModule) -> None:
@@ -163,28 +163,6 @@ def _variants(facts: Facts, config: Config) -> list[tuple[int | None, bool]]:
     given = facts.context.frames
     lengths = sorted({min(given, length) for length in config.context.lengths()})
     return [(lengths[0], False), (lengths[-1], True)] if reuse else [(n, False) for n in lengths]
-
-
-def _static(facts: Facts, fakes: list[Any], kept: int | None):
-    """Fake inputs of constant sizes, with the kept number of context frames."""
-    context = facts.context
-    pruned = kept is not None and context.at_source
-    shapes = []
-    for fake, node in zip(fakes, placeholders(facts.module.graph)):
-        if not isinstance(fake, torch.Tensor):
-            size = context.sizes[node.name].size(kept) if pruned and node.name in context.sizes else None
-            shapes.append(fake if not isinstance(fake, torch.SymInt) else hint(fake) if size is None else size)
-            continue
-        dims = [hint(d) for d in fake.shape]
-        if pruned and node.name in context.inputs:
-            held = context.inputs[node.name]
-            dims[held.dim] = held.size(kept)
-        shapes.append(torch.empty(dims, dtype=fake.dtype, device="meta"))
-    devices = [getattr(f, "device", None) for f in fakes]
-    if kept is not None and not context.at_source:
-        shapes.append(torch.empty(kept, dtype=torch.int64, device="meta"))
-        devices.append(devices[[p.name for p in placeholders(facts.module.graph)].index(next(iter(context.inputs)))])
-    return _compat.static_fakes(shapes, devices)
 
 
 def _zeros(fake: Any) -> Any:

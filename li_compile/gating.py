@@ -67,7 +67,7 @@ def gated(fn: Callable[..., Any] | torch.nn.Module, *args: Any, config: Config |
     if loop is None:
         raise ExportError(f"no denoising loop was found: {misses[0].reason} ({misses[0].node} {misses[0].where})")
     try:
-        gated_steps(graph, loop, skipping(loop, Config() if config is None else config))
+        gated_steps(graph, loop, skipping(loop.steps, Config() if config is None else config))
     except Refused as why:
         raise ExportError(f"steps cannot be skipped: {why.miss.reason} ({why.miss.node} {why.miss.where})") from None
     tidy(graph)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import GraphModule
 
-from li_compile.config import Config
+from li_compile.config import CacheConfig
 from li_compile.memory import ChunkMemory
+from li_compile.passes.predictors import Skipping
 from li_compile.patterns.graph import is_parameter, placeholders, shape, value
 from li_compile.policy import ChunkPlan
 from li_compile.report import VariantReport
-from li_compile.reuse import skipping
 
 if TYPE_CHECKING:
     from li_compile.pipeline import Facts
@@ -50,9 +50,9 @@ class LoopVariant:
 class LoopRun:
     """Decides for one graph, chunk by chunk."""
 
-    def __init__(self, facts: Facts, config: Config) -> None:
-        self.plan, self.config = skipping(facts.loop, config), config.cache
-        self.controls = _controls(facts)
+    def __init__(self, plan: Skipping, controls: Sequence[int], config: CacheConfig) -> None:
+        """controls: positions, in the graph's inputs, of ``controls_of``."""
+        self.plan, self.controls, self.config = plan, controls, config
 
     def begin(self, session: Session | None, plan: ChunkPlan | None, args: Sequence[Any]) -> Chunk:
         """The chunk that a call is. plan: from the camera poses, None if there are none. args: the graph's inputs."""
@@ -107,15 +107,15 @@ class Chunk:
         return out[: variant.results]
 
 
-def _controls(facts: Facts) -> list[int]:
-    """Positions of the inputs that say what is to happen in a chunk: few numbers, no weights, poses or context."""
+def controls_of(facts: Facts) -> list[str]:
+    """Names of the inputs that say what is to happen in a chunk: few numbers, no weights, poses or context."""
     context = facts.context
     other = set() if context is None else {*context.inputs, *context.sizes, context.history_w2c, context.current_w2c}
     found = []
-    for i, node in enumerate(placeholders(facts.module.graph)):
+    for node in placeholders(facts.module.graph):
         sizes = shape(node)
         small = sizes is not None and all(isinstance(s, int) for s in sizes) and torch.Size(sizes).numel() <= CONTROL
         if small and isinstance(value(node), torch.Tensor) and not is_parameter(node) and node.name not in other \
                 and sizes != shape(facts.loop.outputs[0][0]):
-            found.append(i)
+            found.append(node.name)
     return found

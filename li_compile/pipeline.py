@@ -41,7 +41,7 @@ from li_compile.passes.split_cone import split_cone
 from li_compile.patterns import registry
 from li_compile.patterns.context_check import check_context
 from li_compile.patterns.find_spellings import Found, find_spellings, fired, never_fired
-from li_compile.patterns.graph import placeholders, value
+from li_compile.patterns.graph import hint, placeholders, value
 from li_compile.patterns.matching import match_attention, match_context, match_loop
 from li_compile.patterns.recognise import FRAME, family_of_graph, qualified
 from li_compile.report import GraphReport, VariantReport
@@ -237,6 +237,28 @@ def prepare(facts: Facts, config: Config, inputs: Sequence[Any], mode, kept: int
     if config.exact.enabled and config.exact.shared_steps and facts.loop is not None:
         apply("share_steps", lambda m: share_steps(m, found_loop(m, facts.family), config.exact.invariants))
     return base
+
+
+def static_inputs(facts: Facts, fakes: Sequence[Any], kept: int | None):
+    """(mode, fake inputs) of constant sizes, with the kept number of context frames, for ``build``."""
+    context = facts.context
+    pruned = kept is not None and context.at_source
+    shapes = []
+    for fake, node in zip(fakes, placeholders(facts.module.graph)):
+        if not isinstance(fake, torch.Tensor):
+            size = context.sizes[node.name].size(kept) if pruned and node.name in context.sizes else None
+            shapes.append(fake if not isinstance(fake, torch.SymInt) else hint(fake) if size is None else size)
+            continue
+        dims = [hint(d) for d in fake.shape]
+        if pruned and node.name in context.inputs:
+            held = context.inputs[node.name]
+            dims[held.dim] = held.size(kept)
+        shapes.append(torch.empty(dims, dtype=fake.dtype, device="meta"))
+    devices = [getattr(f, "device", None) for f in fakes]
+    if kept is not None and not context.at_source:
+        shapes.append(torch.empty(kept, dtype=torch.int64, device="meta"))
+        devices.append(devices[[p.name for p in placeholders(facts.module.graph)].index(next(iter(context.inputs)))])
+    return _compat.static_fakes(shapes, devices)
 
 
 def _apply(base: Base, config: Config, inputs: Sequence[Any], mode, name: str, run: Callable[[GraphModule], Record],

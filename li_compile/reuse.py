@@ -32,7 +32,7 @@ def why_not(facts: Facts, config: Config) -> Miss | None:
     refuse = lambda reason: Miss("cached steps", loop.calls[0][0].name, reason)
     if loop.steps < cache.min_steps:
         return refuse(too_few(loop.steps, cache.min_steps))
-    if not skipping(loop, config).skip:
+    if not skipping(loop.steps, config).skip:
         return refuse(f"cache.skip = {cache.skip} names no step between the first and the last of {loop.steps}")
     if facts.context is None and cache.gate == "views":
         return refuse("no context with camera poses that could say when the camera is back where it was "
@@ -40,15 +40,15 @@ def why_not(facts: Facts, config: Config) -> Miss | None:
     return None
 
 
-def skipping(loop: DenoisingLoop, config: Config) -> Skipping:
-    return Skipping(loop.steps, config.cache.skipped(loop.steps), PREDICTORS[config.cache.predictor])
+def skipping(steps: int, config: Config) -> Skipping:
+    return Skipping(steps, config.cache.skipped(steps), PREDICTORS[config.cache.predictor])
 
 
 def apply_reuse(apply: Callable, facts: Facts, config: Config, reuse: bool) -> None:
     """Run the passes of one variant that concern its loop. apply(name, run): runs a pass on the variant's graph."""
     if not can_reuse(facts, config):
         return
-    plan = skipping(facts.loop, config)
+    plan = skipping(facts.loop.steps, config)
     across, guarded = plan.predictor.across, config.cache.guard is not None
 
     def cached(module: GraphModule) -> Record:

@@ -13,7 +13,7 @@ from li_compile.memory import ChunkMemory, drift_of
 from li_compile.passes.predictors import NOW, PREDICTORS, Skipping
 from li_compile.patterns import Miss
 from li_compile.patterns.effects import effect, writes_own
-from li_compile.patterns.graph import is_parameter, placeholders, shape, value
+from li_compile.patterns.graph import shape, value
 from li_compile.prints import Print
 from li_compile.schedule import Schedule, read_schedule
 
@@ -40,10 +40,9 @@ def why_no_step(facts: Facts) -> Miss | None:
 class StepRun:
     """One compiled graph that may be a step. What it has seen of a rollout is kept in the rollout's Session."""
 
-    def __init__(self, facts: Facts, config: Config) -> None:
-        self.config = config
-        nodes = placeholders(facts.module.graph)
-        self.inputs = [i for i, p in enumerate(nodes) if not is_parameter(p)]
+    def __init__(self, config: Config, inputs: Sequence[int]) -> None:
+        """inputs: positions of those that are no weights."""
+        self.config, self.inputs = config, inputs
 
     def call(self, scope: ChunkScope, args: Sequence[Any], run: Callable[[], Any]) -> Any:
         """One call inside a chunk. run: computes it."""
