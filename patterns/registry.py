@@ -36,6 +36,10 @@ class Family:
     prepare: called as ``prepare(module, patch)`` by ``li_compile.compile`` and ``explain`` before tracing, on each module of
         the first of these classes, to hide what would break the graph; every change goes through ``patch(owner, attribute, new)``, so
         that it can be listed and undone.
+    pipelines: qualified names of pipeline classes, subclasses included, by which ``li_compile.compile(pipeline)`` knows the family.
+    attach: called as ``attach(pipeline, patch, rollout)`` by ``li_compile.compile`` with such a pipeline, to put compiled models and
+        planned chunks where the pipeline runs its rollout; changes go through ``patch``. rollout: ``config``; ``session``, one
+        for all rollouts, to ``reset()`` at the start of each; ``compile(module)``, prepared for the family, undone with the rest.
     roles: role -> argument name as it stands in the traced function, for ``history_w2c`` and ``current_w2c`` (camera poses)
         and ``positions`` (temporal RoPE indices of the context).
     grid: rows and columns of tokens in a latent frame, or None to read them from the graph.
@@ -55,6 +59,8 @@ class Family:
     positions: str | None = None
     modules: tuple[str, ...] = ()
     prepare: Callable | None = None
+    pipelines: tuple[str, ...] = ()
+    attach: Callable | None = None
     groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
     attention: tuple[str, ...] = ()
     context: str | None = None
@@ -64,9 +70,11 @@ class Family:
     def __post_init__(self) -> None:
         if self.positions not in (None, "keep", "compact"):
             raise ValueError(f"positions of family {self.name!r} is {self.positions!r}; it must be 'keep', 'compact' or None")
-        for field in ("modules", "attention", "opt_out"):
+        for field in ("modules", "pipelines", "attention", "opt_out"):
             if isinstance(getattr(self, field), str):
                 raise ValueError(f"{field} of family {self.name!r} is a string; it must be a tuple of strings")
+        if self.pipelines and self.attach is None:
+            raise ValueError(f"family {self.name!r} names pipelines, but not what to do with one; give attach")
         unknown = set(self.opt_out) - set(self.groups) - {"context", "loop"}
         if unknown:
             raise ValueError(f"family {self.name!r} opts out of {', '.join(sorted(unknown))}, which is neither 'context' nor 'loop' nor "
