@@ -83,7 +83,7 @@ class Calls:
         if self.prunes and plan is not None:
             frames = plan.indices if plan.slots is None else plan.slots
             if context.at_source or len(frames) < plan.history:  # else all of the cache is read: the graph as it is
-                args, kept = self.select(args, plan, frames), len(frames)
+                args, kept = self.select(args, plan.history, frames), len(frames)
         plan = plan or self._unplanned()
         chunk = self.loop.begin(session, plan, given) if self.loop is not None else None
         run = self.variant(kept, chunk is not None and chunk.reuse, args)
@@ -152,8 +152,8 @@ class Calls:
             return None
         return latent_change(args[self.names.index(context.latents)], context.inputs[context.latents].dim, dynamics_unit(self.config.context))
 
-    def select(self, args: Sequence[Any], plan: ChunkPlan, frames: Sequence[int]) -> list[Any]:
-        """Inputs with only these context frames, or with the frames as a further input where the graph selects.
+    def select(self, args: Sequence[Any], history: int, frames: Sequence[int]) -> list[Any]:
+        """Inputs with only these of ``history`` context frames, or with the frames as a further input where the graph selects.
 
         Raises PoseError if the inputs' frame counts differ.
         """
@@ -166,13 +166,13 @@ class Calls:
             counts = ", ".join(f"{n}: {c}" for n, c in held.items())
             raise PoseError(f"the context inputs hold different numbers of frames ({counts}); give one pose and one "
                             "action for each context latent")
-        everything = list(frames) == list(range(plan.history))
+        everything = list(frames) == list(range(history))
         for name, c in context.inputs.items():
             i = self.names.index(name)
             # Contiguous in any case: a variant is compiled for the strides that it is first given.
             if not everything:
                 # Compacted positions are those of the newest frames, whichever frames are kept.
-                own = torch.arange(plan.history - len(index), plan.history) if context.compact and name == context.positions else index
+                own = torch.arange(history - len(index), history) if context.compact and name == context.positions else index
                 selected[i] = args[i].index_select(c.dim, c.entries(own, args[i].shape[c.dim]).to(args[i].device))
             selected[i] = selected[i].contiguous()
         for name, c in context.sizes.items():

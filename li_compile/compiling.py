@@ -10,10 +10,12 @@ import torch
 
 from li_compile.backend import last_report, light_interaction
 from li_compile.config import Config
+from li_compile.dispatch import warming
 from li_compile.errors import ConfigError
 from li_compile.patterns.preparation import prepare
 from li_compile.patterns.recognise import family_of_model
 from li_compile.pipeline import family_of
+from li_compile.report import Report
 from li_compile.rollout import CompiledPipeline, Rollout, family_for
 
 
@@ -47,7 +49,18 @@ class Compiled:
             raise AttributeError(name)
         return getattr(self.original, name)
 
-    def report(self):
+    def warm_up(self, *args: Any, **kwargs: Any) -> Report:
+        """Compile ahead of the first chunk: every variant that a plan can choose for these inputs, or for any context that is
+        shorter than theirs. Runs the function once. What was compiled stays in PyTorch's caches for the next process.
+
+        args, kwargs: inputs as of a late chunk, with as much context as there will be. Returns the report; ``seconds`` of its
+        variants is what each took. Variants for inputs of other shapes are compiled when they come.
+        """
+        with warming():
+            self(*args, **kwargs)
+        return self.report()
+
+    def report(self) -> Report:
         return last_report()
 
     def detach(self) -> Callable[..., Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +19,19 @@ from li_compile.pipeline import Base, Facts, build, prepare
 from li_compile.regions import lower_regions
 from li_compile.report import GraphReport
 from li_compile.reuse import why_not
+
+
+_WARMING: contextvars.ContextVar[bool] = contextvars.ContextVar("li_compile_warming", default=False)
+
+
+@contextlib.contextmanager
+def warming() -> Iterator[None]:
+    """Calls of compiled graphs compile first all that a plan could choose for their inputs."""
+    token = _WARMING.set(True)
+    try:
+        yield
+    finally:
+        _WARMING.reset(token)
 
 
 class Variant(NamedTuple):
@@ -54,6 +70,22 @@ class Dispatcher(Calls):
             for reuse in (False, True) if self.known.reuses else (False,):
                 self._add(Variant(None, reuse), inputs, fakes, _compat.fake_mode_of(fakes))
 
+    def __call__(self, *args: Any):
+        if _WARMING.get() and self.prunes:
+            self.warm(args)
+        return super().__call__(*args)
+
+    def warm(self, args: Sequence[Any]) -> None:
+        """Compile the variants for these inputs, and for less context than they hold, that the policy can come to."""
+        name, held = next(iter(self.known.context.inputs.items()))
+        given = held.frames(args[self.names.index(name)].shape[held.dim])
+        unit = 1 if self.config.context.policy == "slots" else self.config.context.chunk_frames
+        for kept in range(unit, self.config.context.lengths()[1] + 1, unit):
+            if kept < given or kept == given and self.known.context.at_source:
+                fewer = self.select(args, given, range(kept))
+                for reuse in (False, True) if self.known.reuses else (False,):
+                    self.variant(kept, reuse, fewer)
+
     def variant(self, kept: int | None, reuse: bool, args: Sequence[Any]) -> LoopVariant:
         sizes = () if kept is None else tuple(args[i].shape for i in self.other)
         wanted = Variant(kept, reuse, sizes)
@@ -68,13 +100,14 @@ class Dispatcher(Calls):
             return self.compiled[variant]
 
     def _add(self, variant: Variant, inputs: Sequence[Any], fakes: Sequence[Any], mode) -> None:
-        length = variant.kept, variant.sizes
+        started, length = time.perf_counter(), (variant.kept, variant.sizes)
         if length not in self.bases:
             self.bases[length] = prepare(self.facts, self.config, fakes, mode, variant.kept), {}
         base, regions = self.bases[length]
         module, report = build(self.facts, self.config, fakes, mode, kept=variant.kept, reuse=variant.reuse, base=base)
         self.report.variants.append(report)
         self.compiled[variant] = LoopVariant.of(self.facts, module, report, lower_regions(module, inputs, self.lower, regions))
+        report.seconds = time.perf_counter() - started
 
 
 def free_numbers(fakes: Sequence[Any], pruned: set[str], names: Sequence[str]) -> list[int]:

@@ -48,7 +48,7 @@ class SiteReport:
 
 @dataclasses.dataclass
 class VariantReport:
-    """One variant of a graph. kept: context frames (None: all that are given); reuse: cached steps.
+    """One variant of a graph. kept: context frames (None: all that are given); reuse: cached steps; seconds: to compile it.
 
     Of ``explain`` alone: effects, of each pass; ms, at the roofline; outline, of the graph as rewritten.
     """
@@ -61,6 +61,7 @@ class VariantReport:
     ms: float | None = None
     effects: list[PassEffect] = dataclasses.field(default_factory=list)
     outline: Outline | None = None
+    seconds: float | None = None
 
     @property
     def label(self) -> str:
