@@ -319,10 +319,11 @@ def compiling(depth: int = 12, steps: int = 4) -> None:
     """CPU-seconds to compile a sampling loop of one call and of more, each in a process and with caches of its own."""
     rows = []
     for regional in (False, True):
-        for preset, shared, calls in (("exact", True, 1), ("exact", True, steps), ("cache", True, steps), ("exact", False, steps)):
+        for preset, shared, calls, blocks in (("exact", True, 1, True), ("exact", True, steps, True), ("cache", True, steps, True),
+                                              ("exact", False, steps, True), ("exact", True, 1, False), ("exact", False, steps, False)):
             with tempfile.TemporaryDirectory() as folder:
                 done = subprocess.run(
-                    [sys.executable, __file__, "one-compilation", str(depth), str(calls), preset, str(int(shared)), str(int(regional))],
+                    [sys.executable, __file__, "one-compilation", str(depth), str(calls), preset, str(int(shared)), str(int(regional)), str(int(blocks))],
                     env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}, capture_output=True, text=True, check=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
             print(json.dumps(rows[-1]), flush=True)
@@ -330,25 +331,25 @@ def compiling(depth: int = 12, steps: int = 4) -> None:
         one, *others = [r for r in rows if r["regional"] == regional]
         for other in others:
             print(f"{'block regions' if regional else 'flat'}: {other['calls']} calls ({other['preset']}, "
-                  f"{'shared' if other['shared'] else 'not shared'}) against one: {other['cpu_seconds'] / one['cpu_seconds']:.2f}x")
+                  f"{'shared' if other['shared'] else 'not shared'}{'' if other['blocks'] else ', flat blocks not folded'}) against one: {other['cpu_seconds'] / one['cpu_seconds']:.2f}x")
 
 
 @app.command(hidden=True)
-def one_compilation(depth: int, calls: int, preset: str, shared: int, regional: int) -> None:
+def one_compilation(depth: int, calls: int, preset: str, shared: int, regional: int, blocks: int) -> None:
     torch.manual_seed(0)
     model = WorldModel(WorldConfig(depth=depth), regional=bool(regional)).eval()
     c, sampler = model.config, ChunkSampler(model, steps=calls)
     frame = (c.chunk, c.height, c.width)
     inputs = [torch.randn(1, c.channels, *frame), torch.zeros(1, c.channels + 1, *frame), torch.zeros(1, c.chunk, dtype=torch.long),
               torch.eye(4).repeat(1, c.chunk, 1, 1), torch.eye(3)[None]]
-    options = {"preset": preset, "exact.shared_steps": bool(shared), "cache.gate": "always"}
+    options = {"preset": preset, "exact.shared_steps": bool(shared), "exact.repeated_blocks": bool(blocks), "cache.gate": "always"}
     compiled = torch.compile(sampler, backend="light_interaction", options=options)
     spent = lambda: sum(u.ru_utime + u.ru_stime for u in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
     with torch.no_grad():
         inputs += model.prefix(torch.randn(1, c.channels, *frame[1:]))
         before, began = spent(), time.perf_counter()
         compiled(*inputs)
-        row = {"depth": depth, "calls": calls, "preset": preset, "shared": bool(shared), "regional": bool(regional),
+        row = {"depth": depth, "calls": calls, "preset": preset, "shared": bool(shared), "regional": bool(regional), "blocks": bool(blocks),
                "cpu_seconds": round(spent() - before, 1), "seconds": round(time.perf_counter() - began, 1)}
     print(json.dumps(row))
 

@@ -17,7 +17,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
-from .effects import is_pure, mode_texts, switches_mode, target
+from .effects import ALIASES, is_pure, mode_texts, switches_mode, target
 from .graph import REGION, name_of, value
 from .loop_body import Body, Nodes, leaves
 
@@ -28,7 +28,8 @@ def find_repeats(graph: Graph, times: int, nodes: int) -> Body | None:
     """The repeated part of a graph that leaves the fewest operators when it is written once: of at least so many ``nodes``, at least
     so many ``times``; None if there is none. It has no effects, and each of its outputs is a tensor of its own."""
     modes = mode_texts(graph)
-    order = [n for n in graph.nodes if n.op.startswith("call") and not switches_mode(n)]
+    given = _given(graph, times, nodes)
+    order = [n for n in graph.nodes if n.op.startswith("call") and not switches_mode(n) and n not in given]
     letters = [_letter(n, modes[n]) for n in order]
     for size, first, last in _runs(letters, times, nodes):
         for start in _cuts(order, size, first, last):
@@ -37,6 +38,20 @@ def find_repeats(graph: Graph, times: int, nodes: int) -> Body | None:
             if body is not None and body.calls >= times:
                 return body
     return None
+
+
+def _given(graph: Graph, times: int, nodes: int) -> set[Node]:
+    """Inputs, and what is a part of one or of a value that far-apart places take parts of, such as a block's own weight of a stack,
+    by its number: what a block is handed, and no part of it."""
+    place, found = {n: i for i, n in enumerate(graph.nodes)}, set()
+    for node in graph.nodes:
+        is_view = node.op.startswith("call") and name_of(node) in ALIASES and is_pure(node)
+        if not node.op.startswith("call") or is_view and all(o in found for o in node.all_input_nodes):
+            found.add(node)
+        parts = sorted(place[u] for u in node.users if name_of(u) in ALIASES and is_pure(u) and u.all_input_nodes == [node])
+        if len(parts) >= times and sum(b - a >= nodes for a, b in zip(parts, parts[1:])) >= times - 1:
+            found |= {u for u in node.users if place[u] in parts}
+    return found
 
 
 def _letter(node: Node, mode: str) -> object:
@@ -50,7 +65,10 @@ def _letter(node: Node, mode: str) -> object:
 def _layout(of) -> str:
     if isinstance(of, (tuple, list)):
         return str([_layout(x) for x in of])
-    return str((of.shape, of.stride(), of.dtype, of.device)) if isinstance(of, torch.Tensor) else type(of).__name__
+    if not isinstance(of, torch.Tensor):
+        return type(of).__name__
+    start = of.storage_offset()  # Inductor's kernels may read what is aligned in words of 16 bytes
+    return str((of.shape, of.stride(), of.dtype, of.device, isinstance(start, int) and start * of.itemsize % 16))
 
 
 def _runs(letters: list, times: int, nodes: int) -> list[tuple[int, int, int]]:

@@ -63,6 +63,17 @@ class Halves(Stack):
         return self.leave(torch.cat([a, b], 1))
 
 
+class Numbered(Stack):
+    """Each block is handed its own of a stack of tensors, by its number."""
+
+    def forward(self, x, condition):
+        x, conditions = self.enter(x), torch.stack([self.enter.bias * i for i in range(6)])
+        stacked = self.blocks[0].norm1.weight.expand(6, 8)
+        for i, block in enumerate(self.blocks):
+            x = block(x, condition * stacked[i]) + conditions[i]
+        return self.leave(x)
+
+
 class Pairs(nn.Module):
     """Two kinds of blocks by turns, then one of them alone."""
 
@@ -105,8 +116,9 @@ def run(model, *inputs):
     (lambda: Stack(6), [6], 2),  # the two projections
     (lambda: Stack(4), [4], 2),
     (lambda: Scattered(6), [6], 8),  # and the sum
+    (lambda: Numbered(6), [6], 10),  # and six conditions, their stack, an expanded weight
     (Pairs, [5, 5], 0),
-], ids=["stack", "four", "every output read", "two kinds by turns"])
+], ids=["stack", "four", "every output read", "numbered", "two kinds by turns"])
 def test_equal_blocks_become_one_region(case, calls, left):
     model = seeded(case)
     found, error, outside = run(model, *INPUTS(8 if isinstance(model, Pairs) else 4))
