@@ -49,3 +49,10 @@ def prepare(model: Any, family: Family | None) -> Preparation:
         done.undo()
         raise
     return done
+
+
+def arguments_of(model: Any, family: Family | None):
+    """What a family does with the arguments of this model's calls, as ``(args, kwargs) -> (args, kwargs, frames) or None``; None: nothing."""
+    if family is None or family.arguments is None or qualified(type(model)) not in family.modules[:1]:
+        return None
+    return lambda args, kwargs: family.arguments(model, args, kwargs)
