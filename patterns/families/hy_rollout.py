@@ -13,11 +13,15 @@ Written from a description of what upstream's rollout computes. With nothing app
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import sys
 
 import torch
+
+from ..parking import Parked
+from .hy_decoding import StreamedDecoding, can_stream
 
 PIPELINE = "hyvideo.pipelines.worldplay_video_pipeline.HunyuanVideo_1_5_Pipeline"
 INNER, OUTER, SELECT = "_ar_rollout_inner", "ar_rollout", "select_aligned_memory_frames"
@@ -25,13 +29,15 @@ INPUTS = ("latents", "timesteps", "prompt_embeds", "prompt_mask", "vision_states
           "action", "device")
 ENCODING_TIME = 14.0  # the time that clean context latents are labelled with
 UNPRUNED = {"memory_frames": 20, "temporal_context_size": 12, "pred_latent_size": 4}
-TEXT = ("txt_in", "byt5_in", "vision_in")  # and what begins with txt_ in a block
+TEXT_INPUTS = ("txt_in", "byt5_in", "vision_in")  # and what begins with txt_ in a block
 
 
 def attach(pipeline, patch, rollout) -> None:
     check(pipeline, rollout)
-    inner = ArRollout(pipeline, rollout)
-    patch(pipeline, INNER, inner)
+    decoding = StreamedDecoding(pipeline) if rollout.config.stream else None
+    patch(pipeline, INNER, ArRollout(pipeline, rollout, decoding))
+    if decoding is not None:
+        patch(pipeline.vae, "decode", decoding.decode)
     outer = getattr(pipeline, OUTER)
     patch(pipeline, OUTER, lambda **given: outer(**{**given, "transformer_resident": True}))
 
@@ -59,6 +65,9 @@ def check(pipeline, rollout) -> None:
         rollout.refuse("--enable_torch_compile wraps each block in a torch.compile of its own; leave it off")
     if getattr(state, "enable_sageattn", False):
         rollout.refuse("--use_sageattn replaces the attention by one that cannot be read; leave it off")
+    if rollout.config.stream and (pipeline.enable_offloading or not can_stream(pipeline.vae)):
+        rollout.refuse("stream=True decodes latent by latent beside the rollout: it needs the VAE on the device (--offloading false), without "
+                       "tiles (--use_vae_parallel false), and with upstream's causal decoder and its cache")
 
 
 def selection():
@@ -66,12 +75,19 @@ def selection():
     return getattr(sys.modules.get(PIPELINE.rpartition(".")[0]), SELECT, None)
 
 
+def text_streams(model) -> list[torch.nn.Module]:
+    """The modules that nothing but the text pass runs."""
+    inside = [m for block in model.double_blocks for name, m in block.named_children() if name.startswith("txt_")]
+    return [*inside, *(m for name in TEXT_INPUTS if isinstance(m := getattr(model, name, None), torch.nn.Module))]
+
+
 class ArRollout:
     """What stands for the pipeline's rollout. Called with the same arguments, it gives the same latents."""
 
-    def __init__(self, pipeline, rollout) -> None:
-        self.pipeline, self.rollout = pipeline, rollout
+    def __init__(self, pipeline, rollout, decoding=None) -> None:
+        self.pipeline, self.rollout, self.decoding = pipeline, rollout, decoding
         self.model = rollout.compile(pipeline.transformer)
+        self.idle = Parked(text_streams(pipeline.transformer))  # of no use once the text is encoded
 
     def __call__(self, latents, timesteps, prompt_embeds, prompt_mask, vision_states, cond_latents, task_type, extra_kwargs, viewmats, Ks, action,
                  device):
@@ -91,8 +107,11 @@ class ArRollout:
             text = [self.encode_text(task_type, pick(prompt_embeds, row), pick(prompt_mask, row), pick(vision_states, row),
                                      {name: pick(extra_kwargs[name], row) for name in ("byt5_text_states", "byt5_text_mask")}, latents, device)
                     for row in ((1, 0) if guided else (0,))]
-            for start in range(0, pipe.chunk_num * size, size):
-                self.chunk(start, size, latents, cond_latents, timesteps, times, poses, text, task_type, device)
+            with self.idle.away() if self.rollout.config.offload else contextlib.nullcontext():
+                for start in range(0, pipe.chunk_num * size, size):
+                    self.chunk(start, size, latents, cond_latents, timesteps, times, poses, text, task_type, device)
+                    if self.decoding is not None:
+                        self.decoding.add(latents[:, :, start:start + size], first=start == 0)
         return latents
 
     def encode_text(self, task_type, states, mask, vision_states, extra, latents, device):
