@@ -12,7 +12,7 @@ from li_compile.backend import last_report, light_interaction
 from li_compile.config import Config
 from li_compile.dispatch import warming
 from li_compile.errors import ConfigError
-from li_compile.patterns.preparation import prepare
+from li_compile.patterns.preparation import arguments_of, prepare
 from li_compile.patterns.recognise import family_of_model
 from li_compile.pipeline import family_of
 from li_compile.report import Report
@@ -37,15 +37,29 @@ class Compiled:
 
     def __init__(self, original: Callable[..., Any], config: Config) -> None:
         self.original, self.config = original, config
-        self.preparation = prepare(original, family_of(config))
+        family = family_of(config)
+        self.preparation = prepare(original, family)
+        self._arguments = arguments_of(original, family)
         # The function and not its name: looking that up would prepare what nobody could undo.
         self._run = torch.compile(original, backend=light_interaction, options=config.to_options())
+        # A graph that serves all lengths of context cannot look at sparse.min_context: shorter ones have one of their own.
+        self._dense = self._run
+        if self._arguments is not None and config.sparse.enabled and config.sparse.min_context:
+            dense = dataclasses.replace(config, sparse=dataclasses.replace(config.sparse, enabled=False))
+            self._dense = torch.compile(original, backend=light_interaction, options=dense.to_options())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._run(*args, **kwargs)
+        if self._arguments is None:
+            return self._run(*args, **kwargs)
+        given = self._arguments(args, kwargs)
+        if given is None:
+            return self.original(*args, **kwargs)
+        args, kwargs, frames = given
+        short = frames is not None and frames < self.config.sparse.min_context
+        return (self._dense if short else self._run)(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("original", "config", "preparation", "_run"):  # not set yet, as while unpickling
+        if name in ("original", "config", "preparation", "_arguments", "_run", "_dense"):  # not set yet, as while unpickling
             raise AttributeError(name)
         return getattr(self.original, name)
 

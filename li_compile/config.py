@@ -276,6 +276,8 @@ class Config:
     lowering: "inductor", or "eager" to run the rewritten graph as it is (for tests and debugging).
     inductor: options passed through to Inductor.
     family: name of the model family (``li-compile families``); None: the matchers alone decide.
+    offload: of a pipeline, weights that a rollout does not need any more (the text streams') wait in the CPU's memory.
+    stream: of a pipeline, each chunk is decoded while the next one is generated.
 
     Raises:
         ConfigError: an unknown key or preset (with the nearest names), a wrong type, a value out of range.
@@ -290,6 +292,8 @@ class Config:
     lowering: str = option("inductor", one_of("inductor", "eager"))
     inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     family: str | None = option(None, optional(NAME))
+    offload: bool = option(False, FLAG)
+    stream: bool = option(False, FLAG)
 
     def __post_init__(self) -> None:
         if not isinstance(self.preset, str) or self.preset not in PRESETS:

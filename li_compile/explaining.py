@@ -18,7 +18,7 @@ from li_compile.outlines import outline
 from li_compile.passes.cost import Product, products
 from li_compile.patterns.attention import ROLE_NAMES
 from li_compile.patterns.graph import hint, name_of, placeholders, source_line, value
-from li_compile.patterns.preparation import prepare
+from li_compile.patterns.preparation import arguments_of, prepare
 from li_compile.pipeline import Facts, build, canonical, family_of, match, report_of, static_inputs
 from li_compile.report import GraphReport, PassEffect, Report, SiteReport, Work
 from li_compile.reuse import can_reuse
@@ -45,6 +45,9 @@ def explain(fn: Callable[..., Any], *args: Any, config: Config | None = None, **
     config = with_family(Config() if config is None else config, fn)
     prepared = prepare(fn, family_of(config))
     try:
+        given = arguments_of(fn, family_of(config))
+        if given is not None:
+            args, kwargs, *_ = given(args, kwargs) or (args, kwargs)
         report = _explain(fn, args, kwargs, config)
     finally:
         prepared.undo()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,9 @@ from li_compile.patterns.preparation import Preparation
 from li_compile.patterns.recognise import family_of_pipeline
 from li_compile.patterns.registry import Family
 from li_compile.pipeline import family_of
+from li_compile.policy import ChunkPlan
 from li_compile.session import Session
+from li_compile.stepping import ChunkSteps
 
 if TYPE_CHECKING:
     from li_compile.compiling import Compiled
@@ -28,7 +30,8 @@ class Rollout:
     """What a family's ``attach`` is given besides the pipeline.
 
     config: the options. session: the state of the rollout; the family resets it where one begins. ``compile(module)``: a
-    compiled module, prepared for the family. All that was compiled is in ``compiled``.
+    compiled module, prepared for the family. All that was compiled is in ``compiled``. ``steps(plan, times)``: the denoising
+    steps of a chunk, some of which may be skipped (li_compile/stepping.py). ``refuse(reason)`` raises ConfigError.
     """
 
     def __init__(self, config: Config, compile: Callable[[Any], Compiled]) -> None:
@@ -39,6 +42,12 @@ class Rollout:
     def compile(self, module: Any) -> Compiled:
         self.compiled.append(self._compile(module))
         return self.compiled[-1]
+
+    def steps(self, plan: ChunkPlan, times: Sequence[float], controls: Sequence[torch.Tensor] = ()) -> ChunkSteps:
+        return ChunkSteps(self.session, self, plan, times, controls)
+
+    def refuse(self, reason: str) -> None:
+        raise ConfigError(f"family {self.config.family!r}: {reason}")
 
 
 class CompiledPipeline:

@@ -176,8 +176,7 @@ def _lift(graph: Graph, repeats: dict[Node, Repeat], changing: set[Node], record
     rows = {node: r.dim for node, r in repeats.items()}  # nodes whose rows along a dimension are equal in runs
     for node in list(graph.nodes):
         if node not in rows and target(node) not in changing and any(x in rows for x in node.all_input_nodes):
-            if known:
-                _take_constant(graph, node, rows, tokens)
+            _take_constant(graph, node, rows, tokens)
             if (dim := row_dim(node, rows)) is not None and (known or resizable(node, dim)):
                 rows[node] = dim
     lifted = [n for n in graph.nodes if n in rows and n not in repeats]
@@ -188,8 +187,16 @@ def _lift(graph: Graph, repeats: dict[Node, Repeat], changing: set[Node], record
     for node, r in repeats.items():
         for user in [u for u in node.users if u in rows]:
             user.replace_input_with(node, r.source)
+    left = None
     for node in lifted:
-        resized(node, rows[node], number if known else None)
+        if name_of(node) in CONSTANT and not known:  # of as many rows as there are, which only the graph knows
+            if left is None:
+                with graph.inserting_after(some.source):
+                    left = graph.call_method("size", (some.source, some.dim))
+                left.meta["example_value"] = number
+            resized(node, rows[node], left)
+        else:
+            resized(node, rows[node], number if known else None)
     for node, users in ends:
         if users:
             new = _repeated(graph, node, rows[node], times, node)
@@ -214,11 +221,12 @@ def _take_constant(graph: Graph, node: Node, rows: dict[Node, int], tokens: int)
 
 def _constant(graph: Graph, x: Node, before: Node, rows: dict[Node, int], tokens: int) -> Node | None:
     """A copy of a constant with rows to shrink, as others may use it as it is; None if it is no constant."""
-    if x.op != "call_function" or not _static(x):
+    if x.op != "call_function" or not _sized(x):
         return None
     if name_of(x) in CONSTANT:
-        dims = [i for i, s in enumerate(shape(x)) if s == tokens]
-        if len(dims) != 1 or not isinstance(x.args[0], (tuple, list)):
+        dims = [i for i, s in enumerate(shape(x)) if same(s, tokens)]
+        packed = isinstance(x.args[0], (tuple, list, Node))  # a node: another tensor's size
+        if len(dims) != 1 or not packed or any(not isinstance(s, int) for i, s in enumerate(shape(x)) if i != dims[0]):
             return None
         inner, dim = None, dims[0]
     elif name_of(x) in ("narrow", "select"):

@@ -50,11 +50,13 @@ def _refusal(node: Node) -> str | None:
         made = made.args[0]
     if made.op not in ("call_function", "call_method") or name_of(made) not in FRESH:
         return "it writes into what the graph was given"
-    if node.users or not isinstance(shape(base), tuple) or not all(isinstance(s, int) for s in shape(base)):
+    if node.users or not isinstance(shape(base), tuple):
         return "sizes of what it writes into are not known"
     places = _places(index, len(shape(base)))
     if places is None:
         return "it writes at computed places"
+    if not all(isinstance(shape(base)[dim], int) for dim, _ in places):
+        return "the size of a dimension that it writes into a part of is not known"
     left = len(shape(base)) - sum(isinstance(i, int) for _, i in places)
     if isinstance(given, Node) and (shape(given) is None or len(shape(given)) > left):
         return "what it writes has more dimensions than the place, or is no tensor"
@@ -108,8 +110,10 @@ def _put(graph: Graph, base: Node, places: list, given) -> Node:
     example = value(base)
     if not places:
         if isinstance(given, Node):
-            new = graph.call_method("expand", (graph.call_method("to", (given,), {"dtype": example.dtype, "device": example.device}), list(example.shape)))
-            new.args[0].meta["example_value"] = value(given).to(example.device, example.dtype)
+            new = graph.call_method("to", (given,), {"dtype": example.dtype, "device": example.device})
+            new.meta["example_value"] = value(given).to(example.device, example.dtype)
+            if str(shape(given)) != str(tuple(example.shape)):  # sizes may be symbols
+                new = graph.call_method("expand_as", (new, base))
         else:
             new = graph.call_function(torch.full_like, (base, given))
         new.meta["example_value"] = example

@@ -253,7 +253,7 @@ def resized(node: Node, dim: int, new) -> None:
     """
     name, left = name_of(node), -1 if new is None else new
     if name in ("zeros", "ones", "full"):
-        node.args = ([new if i == dim else s for i, s in enumerate(node.args[0])], *node.args[1:])
+        node.args = ([new if i == dim else s for i, s in enumerate(shape(node))], *node.args[1:])
     elif name in ("reshape", "view", "expand"):
         given = node.args[1:]
         packed = len(given) == 1 and isinstance(given[0], (tuple, list))

@@ -111,3 +111,10 @@ def in_force() -> list[str]:
 def is_prepared(family: Family | None) -> bool:
     """Whether there is nothing to prepare, or some model of the family was."""
     return family is None or family.prepare is None or _PREPARED.get(family.name, 0) > 0
+
+
+def arguments_of(model: Any, family: Family | None):
+    """What a family does with the arguments of this model's calls, as ``(args, kwargs) -> (args, kwargs, frames) or None``; None: nothing."""
+    if family is None or family.arguments is None or qualified(type(model)) not in family.modules[:1]:
+        return None
+    return lambda args, kwargs: family.arguments(model, args, kwargs)

@@ -36,10 +36,15 @@ class Family:
     prepare: called as ``prepare(module, patch)`` by ``li_compile.compile`` and ``explain`` before tracing, on each module of
         the first of these classes, to hide what would break the graph; every change goes through ``patch(owner, attribute, new)``, so
         that it can be listed and undone.
+    arguments: called as ``arguments(module, args, kwargs)`` at every call of a module of the first of these classes that
+        ``li_compile.compile`` was given, outside of the graph: it returns (args, kwargs, frames) with what to call the compiled
+        module with, so that what changes from call to call reaches the graph as tensors, and the number of latents of context that
+        the call reads or encodes (None: unknown); or None where the module is to run as it is.
     pipelines: qualified names of pipeline classes, subclasses included, by which ``li_compile.compile(pipeline)`` knows the family.
     attach: called as ``attach(pipeline, patch, rollout)`` by ``li_compile.compile`` with such a pipeline, to put compiled models and
         planned chunks where the pipeline runs its rollout; changes go through ``patch``. rollout: ``config``; ``session``, one
-        for all rollouts, to ``reset()`` at the start of each; ``compile(module)``, prepared for the family, undone with the rest.
+        for all rollouts, to ``reset()`` at the start of each; ``compile(module)``, prepared for the family, undone with the rest;
+        ``steps(plan, times)``, the steps of a chunk, some of which may be skipped; ``refuse(reason)``.
     roles: role -> argument name as it stands in the traced function, for ``history_w2c`` and ``current_w2c`` (camera poses)
         and ``positions`` (temporal RoPE indices of the context).
     grid: rows and columns of tokens in a latent frame, or None to read them from the graph.
@@ -59,6 +64,7 @@ class Family:
     positions: str | None = None
     modules: tuple[str, ...] = ()
     prepare: Callable | None = None
+    arguments: Callable | None = None
     pipelines: tuple[str, ...] = ()
     attach: Callable | None = None
     groups: Mapping[str, str] = dataclasses.field(default_factory=dict)

@@ -178,6 +178,8 @@ def test_digest_follows_meaning():
         "strict": True,
         "lowering": "eager",
         "family": "x",
+        "offload": True,
+        "stream": True,
         "sparse.tile": (2, 4, 8),
         "sparse.min_context": 9,
         "context.fov": (61, 35),

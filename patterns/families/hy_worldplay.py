@@ -9,20 +9,27 @@ and with any torch one is compiled, in place of all 54.
 from __future__ import annotations
 
 import sys
+import weakref
 
 import torch
 
 from .._compat import undisabled
 from ..registry import Family, register_family
+from .hy_rollout import PIPELINE, attach
 
 PACKAGE = "hyvideo"
 DISABLED = ("attention", "parallel_attention", "sequence_parallel_attention_txt", "sequence_parallel_attention_vision")
+MODEL = f"{PACKAGE}.models.transformers.worldplay_1_5_transformer.HunyuanVideo_1_5_DiffusionTransformer"
 CHOICE = "maybe_fallback_attn_mode"
+NOTES = ("thw", "layer-name")
 MODES = ("flash", "flash2", "flash3", "torch")
 BLOCK, STATE = "MMDoubleStreamBlock", "get_infer_state"
 
 
 def prepare(model, patch) -> None:
+    if isinstance(notes := getattr(model, "attn_param", None), dict):
+        # What the forward pass notes there is there from the start: a graph is compiled for the number of notes.
+        patch(model, "attn_param", {**{name: None for name in NOTES}, **notes})
     for module in [m for name, m in list(sys.modules.items()) if name.partition(".")[0] == PACKAGE]:
         for name in DISABLED:
             original = undisabled(vars(module).get(name))
@@ -74,9 +81,63 @@ def region(forward, stream, kind, infer_state):
     return forward_as_region
 
 
+_TABLES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> its rotary tables by position and device
+
+
+def rotary_table(model, total: int, start: int, frames: int, grid: tuple[int, int], device: torch.device):
+    """cos and sin, [frames * rows * columns, head_dim] fp32, of latents ``start ...`` out of ``total``: upstream's own numbers, which
+    it would make on the CPU at every call and move in every block."""
+    known = _TABLES.setdefault(model, {})
+    key = total, start, frames, grid, device
+    if key not in known:
+        area = grid[0] * grid[1]
+        known[key] = tuple(t[start * area:(start + frames) * area].to(device) for t in model.get_rotary_pos_embed((total, *grid)))
+    return known[key]
+
+
+def arguments(model, args, kwargs):
+    """A vision call with its rotary table as tensors and the lengths of context and cache free; None for the text pass, whose
+    masks break a graph and which is run once a rollout, and for the bidirectional mode."""
+    if args or not kwargs.get("ar_vision_inference") or kwargs.get("bi_inference", True):
+        return None
+    given = dict(kwargs)
+    x, keep = given["hidden_states"], given.get("cache_vision", False)
+    if given.get("freqs_cos") is None:
+        sizes = given.pop("rope_temporal_size", 4), given.pop("start_rope_start_idx", 0)
+        given["freqs_cos"], given["freqs_sin"] = rotary_table(model, *sizes, x.shape[2], tuple(x.shape[3:]), x.device)
+    given["hidden_states"] = x.contiguous()
+    for name in ("viewmats", "Ks", "action", "timestep"):
+        given[name] = plain(given[name])
+    # A context encoding reads no cached vision, and does not hold on to what it replaces.
+    given["kv_cache"] = [{**entry, "k_vision": None, "v_vision": None} if keep else dict(entry) for entry in given["kv_cache"]]
+    if keep:
+        free = {"hidden_states": 2, "viewmats": 1, "Ks": 1, "action": 1, "timestep": 0, "freqs_cos": 0, "freqs_sin": 0}
+        given |= {name: of_any_length(given[name], dim) for name, dim in free.items()}
+    for entry in given["kv_cache"]:
+        entry |= {name: of_any_length(entry[name], 2) for name in ("k_vision", "v_vision") if entry[name] is not None}
+    context = given["kv_cache"][0]["k_vision"]
+    frames = x.shape[2] if keep else 0 if context is None else context.shape[2] // (x.shape[3] * x.shape[4])
+    return (), given, frames
+
+
+def of_any_length(x: torch.Tensor, dim: int) -> torch.Tensor:
+    """A view with a size that the graph is not compiled for; the mark is not left on the caller's tensor, where a step would see it."""
+    x = x.view(x.shape)
+    torch._dynamo.maybe_mark_dynamic(x, dim)
+    return x
+
+
+def plain(x: torch.Tensor) -> torch.Tensor:
+    """The tensor with the strides of its shape also along dimensions of one: a graph is compiled for its inputs' strides."""
+    return x.reshape(-1).view(x.shape)
+
+
 FAMILY = register_family(Family(
     name="hy_worldplay",
-    description="HY-WorldPlay 1.5 (HunyuanVideo 1.5, 8B): attention made visible to the compiler",
-    modules=(f"{PACKAGE}.models.transformers.worldplay_1_5_transformer.HunyuanVideo_1_5_DiffusionTransformer",),
+    description="HY-WorldPlay 1.5 (HunyuanVideo 1.5, 8B): transformer and autoregressive rollout",
+    modules=(MODEL,),
     prepare=prepare,
+    arguments=arguments,
+    pipelines=(PIPELINE,),
+    attach=attach,
 ))

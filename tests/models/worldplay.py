@@ -173,7 +173,7 @@ def run_block(index: int, block: Block, *args):
 class WorldPlay(nn.Module):
     """The vision half of the model: context encoding (``keep``) or a denoising step over cached keys and values."""
 
-    def __init__(self, size: Size = Size(), regional: bool = False):
+    def __init__(self, size: Size = Size(), regional: bool = False, block: type[Block] = Block):
         """regional: mark each block as a region of its own, as upstream's users do; its number is passed along."""
         super().__init__()
         c = size.channels
@@ -182,17 +182,17 @@ class WorldPlay(nn.Module):
         self.patch = nn.Conv3d(2 * size.latent + 1, c, 1)
         self.time = nn.Sequential(nn.Linear(256, c), nn.SiLU(), nn.Linear(c, c))
         self.action = nn.Sequential(nn.Linear(256, c), nn.SiLU(), nn.Linear(c, c))
-        self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
+        self.blocks = nn.ModuleList(block(size) for _ in range(size.depth))
         self.final_modulation = nn.Linear(c, 2 * c)
         self.final = nn.Linear(c, size.latent)
 
-    def forward(self, x, timestep, action, viewmats, ks, kv_cache, keep: bool = False, rope_frames: int = 4, rope_start: int = 0):
+    def forward(self, x, timestep, action, viewmats, ks, kv_cache, keep: bool = False, rope_frames: int = 4, rope_start: int = 0, rope=None):
         """x [1, 2 * latent + 1, F, H, W]; timestep [F]; action [1, F]; viewmats [1, F, 4, 4]; ks [1, F, 3, 3]; kv_cache: a dict
-        of k, v [2, H, N, D] or None and k_text, v_text [1, H, T, D] a block. Returns the new cache if ``keep``, else the
+        of k, v [2, H, N, D] or None and k_text, v_text [1, H, T, D] a block; rope: the rotary table, cos and sin [F * H * W, D], made here if not given. Returns the new cache if ``keep``, else the
         velocity [1, latent, F, H, W]."""
         size, frames = self.size, x.shape[2]
         area = size.height * size.width
-        cos, sin = (t[rope_start * area : (rope_start + frames) * area, ...] for t in rope_table(size, rope_frames))
+        cos, sin = rope or (t[rope_start * area : (rope_start + frames) * area, ...] for t in rope_table(size, rope_frames))
         tokens = self.patch(x).flatten(2).transpose(1, 2)
         vec = self.time(sinusoid(timestep.reshape(-1))) + self.action(sinusoid(action.reshape(-1)))
         over_tokens = lambda t: t.unsqueeze(2).unsqueeze(3).expand(-1, -1, size.height, size.width, *[-1] * (t.dim() - 2)).reshape(1, frames * area, *t.shape[2:])
