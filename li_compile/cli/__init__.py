@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import typer
 
-from li_compile.cli import demo, doctor, explain, families
+from li_compile.cli import demo, doctor, explain, export, families, run
 
 __all__ = ["app"]
 
-COMMANDS = (demo, explain, doctor, families)
+COMMANDS = (demo, explain, export, run, doctor, families)
 
 app = typer.Typer(
     name="li-compile",
