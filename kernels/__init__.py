@@ -7,6 +7,7 @@ if __name__ == "kernels":
     raise ImportError("import li_compile.kernels instead")
 
 from .block_sparse import block_sparse_attention, expected_provider
+from .frame_attention import frame_attention
 from .pack import Encoding, pack, pack_
 from .plan import Density, density
 from .problem import Problem
@@ -24,6 +25,7 @@ __all__ = [
     "density",
     "expected_provider",
     "explain_provider",
+    "frame_attention",
     "pack",
     "pack_",
     "pack_context",

@@ -42,11 +42,12 @@ def real_tensors():
     """Tensors made inside are real, and usable in and out of inference mode, whatever mode the caller is in.
 
     For caches: a fake or an inference tensor that a tracing call left behind would break later, ordinary calls.
-    ``unset_fake_temporarily`` is private; PyTorch 2.11 to 2.14 have it in the same place.
+    ``unset_fake_temporarily`` is private; PyTorch 2.11 to 2.14 have it in the same place. ``DisableTorchFunction``: torch.export
+    would note the switch of gradients in its graph, as an operator with a graph of its own.
     """
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    with unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
+    with torch._C.DisableTorchFunction(), unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
         yield
 
 

@@ -28,8 +28,10 @@ _EXPORTS: dict[str, str | None] = {
     "SparseConfig": "li_compile.config",
     "compile": "li_compile.compiling",
     "explain": "li_compile.explaining",
-    "gated": "li_compile.gating",
+    "export": "li_compile.exporting",
+    "export_report": "li_compile.exporting",
     "last_report": "li_compile.backend",
+    "load": "li_compile.exporting",
     "patterns": None,
 }
 

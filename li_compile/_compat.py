@@ -116,6 +116,18 @@ def static_fakes(inputs: Sequence[Any], devices: Sequence[torch.device | None] |
     return mode, fakes
 
 
+def marked_dims(x: Any) -> list[int]:
+    """Dimensions of an input that its owner marked as dynamic (2.11 to 2.14: ``_dynamo_dynamic_indices`` and its weak form)."""
+    if not isinstance(x, torch.Tensor):
+        return []
+    return sorted({*getattr(x, "_dynamo_dynamic_indices", ()), *getattr(x, "_dynamo_weak_dynamic_indices", ())})
+
+
+def tensorrt_settings(version: str) -> dict[str, Any]:
+    """Settings of ``torch_tensorrt.dynamo.compile``: the graph's own dtypes. 2.11 wants that said, later ones know nothing else."""
+    return {"use_explicit_typing": True} if version.startswith("2.11") else {}
+
+
 def forget_breaks() -> None:
     """Begin a new list of graph breaks (2.11 to 2.14: ``graph_break_reasons``)."""
     from torch._dynamo.utils import graph_break_reasons

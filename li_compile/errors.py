@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ConfigError", "ExportError", "LightInteractionError", "PatternError", "PoseError", "RewriteError"]
+__all__ = ["ArtifactError", "BackendUnavailable", "ConfigError", "ExportError", "LightInteractionError", "PatternError", "PoseError", "RewriteError"]
 
 
 class LightInteractionError(Exception):
@@ -27,3 +27,11 @@ class PoseError(LightInteractionError, ValueError):
 
 class ExportError(LightInteractionError):
     """A program that cannot be exported to the target asked for."""
+
+
+class BackendUnavailable(ExportError):
+    """A target whose packages, driver or compiler are not here; says which and how to get them."""
+
+
+class ArtifactError(LightInteractionError):
+    """An exported artifact that cannot be loaded here, or inputs that it was not exported for."""

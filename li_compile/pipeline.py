@@ -22,6 +22,7 @@ from li_compile.passes.dead_tails import dead_tails
 from li_compile.passes.equal_rows import equal_rows
 from li_compile.passes.forward_stores import forward_stores
 from li_compile.passes.functional_writes import functional_writes
+from li_compile.passes.index_slices import index_slices
 from li_compile.passes.invariants import invariants
 from li_compile.passes.islands import describe as describe_islands
 from li_compile.passes.islands import lower_islands
@@ -116,6 +117,7 @@ def canonical(module: GraphModule, inputs: Sequence[Any], config: Config | None 
     module = copy.deepcopy(module)
     module.meta[FRAME] = [qualified(type(m)) for m in _compat.frame_modules()]
     respell(module, family_of(config or Config(), module))
+    index_slices(module)
     normalize(module)
     split_cone(module)
     forward_stores(module)

@@ -8,8 +8,12 @@ from samplers import FORMS, GUIDANCE, alone, euler, renoise, shifted, unipc
 from torch import nn
 from tracing import relative, world_inputs
 
-from li_compile import Config, gated
+import li_compile
+from li_compile import Config
 from li_compile.errors import ExportError
+from li_compile.exporting.program import bind_weights, make_program
+from li_compile.exporting.trace import trace
+from li_compile.exporting.variants import variants
 
 LEVELS = shifted(4, most=0.9998)
 ON, OFF = torch.tensor(True), torch.tensor(False)
@@ -35,6 +39,16 @@ def inputs():
     return torch.randn(3, 4, generator=generator), torch.randn(3, 1, generator=generator)
 
 
+def gated(module, *given, **options):
+    """The one program of gates="device", its weights bound, as a module (*inputs, reuse)."""
+    config = Config.from_options({"preset": "cache", "cache.gate": "always"} | options)
+    traced = trace(module, given, {}, config)
+    (variant,) = variants(traced, config, "device")
+    program = bind_weights(make_program(traced, variant), traced.tensors)
+    assert [a.name for a in program.arguments][-1] == "reuse" and program.results == 1
+    return program.exported.module()
+
+
 def conditions(module) -> int:
     return sum(n.target is torch.ops.higher_order.cond for n in module.graph.nodes)
 
@@ -45,14 +59,14 @@ def test_both_ways_in_one_graph(sampler, guidance, form):
     module = Sampler(sampler, guidance, form)
     with torch.no_grad():
         both = gated(module, *inputs())
-        assert conditions(both.graph_module) == (4 if guidance == "sequential" else 2)
-        assert relative(both(OFF, *inputs()), module(*inputs())) <= 1e-6
-        assert relative(both(ON, *inputs()), module.skipped(*inputs())) <= 1e-6
+        assert conditions(both) == (4 if guidance == "sequential" else 2)
+        assert relative(both(*inputs(), OFF)[0], module(*inputs())) <= 1e-6
+        assert relative(both(*inputs(), ON)[0], module.skipped(*inputs())) <= 1e-6
         assert relative(module.skipped(*inputs()), module(*inputs())) > 1e-4
-        exported = torch.export.export(both, (OFF, *inputs()))
-        assert conditions(exported.graph_module) == conditions(both.graph_module)
+        exported = torch.export.export(both, (*inputs(), OFF))
+        assert conditions(exported.graph_module) == conditions(both)
         for reuse in (ON, OFF):
-            assert relative(exported.module()(reuse, *inputs()), both(reuse, *inputs())) <= 1e-6
+            assert relative(exported.module()(*inputs(), reuse)[0], both(*inputs(), reuse)[0]) <= 1e-6
 
 
 def test_what_is_not_taken_is_not_computed():
@@ -60,7 +74,7 @@ def test_what_is_not_taken_is_not_computed():
     both = gated(Sampler(), *inputs())
     for reuse, calls in ((ON, 2), (OFF, 4)):
         with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            both(reuse, *inputs())
+            both(*inputs(), reuse)[0]
         assert sum(e.count for e in profile.key_averages() if e.key == "aten::linear") == calls * 6
 
 
@@ -69,22 +83,22 @@ def test_compiled():
     both = gated(module, *inputs())
     with torch.no_grad():
         compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
-        assert relative(compiled(ON, *inputs()), module.skipped(*inputs())) <= 1e-6
-        assert relative(compiled(OFF, *inputs()), module(*inputs())) <= 1e-6
+        assert relative(compiled(*inputs(), ON)[0], module.skipped(*inputs())) <= 1e-6
+        assert relative(compiled(*inputs(), OFF)[0], module(*inputs())) <= 1e-6
 
 
 def test_the_line_as_an_option():
     module = Sampler()
     with torch.no_grad():
-        both = gated(module, *inputs(), config=Config.from_options({"cache.predictor": "linear", "cache.skip": (2,)}))
-        assert conditions(both.graph_module) == 1
+        both = gated(module, *inputs(), **{"cache.predictor": "linear", "cache.skip": (2,)})
+        assert conditions(both) == 1
         velocity, (x, condition) = alone(module.model), inputs()
         known = []
         for i, (sigma, following) in enumerate(zip(LEVELS, LEVELS[1:])):
             slope = (LEVELS[2] - LEVELS[1]) / (LEVELS[1] - LEVELS[0])
             known.append(known[1] + (known[1] - known[0]) * slope if i == 2 else velocity(x, sigma, condition))
             x = x + known[-1] * (following - sigma)
-        assert relative(both(ON, *inputs()), x) <= 1e-5
+        assert relative(both(*inputs(), ON)[0], x) <= 1e-5
 
 
 def test_the_world(tiny_world):
@@ -94,28 +108,57 @@ def test_the_world(tiny_world):
     given = world_inputs(sampler.model, 4)
     with torch.no_grad():
         both = gated(sampler, *given)
-        assert conditions(both.graph_module) == 1
-        assert relative(both(OFF, *given), sampler(*given)) <= 1e-5
-        assert relative(both(ON, *given), sampler(*given)) > 1e-4
+        assert conditions(both) == 1
+        assert relative(both(*given, OFF)[0], sampler(*given)) <= 1e-5
+        assert relative(both(*given, ON)[0], sampler(*given)) > 1e-4
 
 
 @pytest.mark.parametrize(("module", "options", "says"), [
-    (nn.Linear(4, 4), {}, "no denoising loop was found: no model is called more than once"),
-    (Sampler(levels=shifted(2)), {}, "2 steps, and none between the first and the last to skip"),
+    (nn.Linear(4, 4), {}, "nothing to gate: no model is called more than once"),
+    (Sampler(levels=shifted(2)), {}, "nothing to gate: 2 denoising steps, reuse needs at least 3"),
     (Sampler(), {"cache.predictor": "previous"}, "reads an earlier chunk, which one graph does not hold"),
 ])
 def test_what_cannot_be_gated(module, options, says):
     given = inputs()[:1] if isinstance(module, nn.Linear) else inputs()
-    with torch.no_grad(), pytest.raises(ExportError, match=says):
-        gated(module, *given, config=Config.from_options(options))
+    config = Config.from_options({"preset": "cache", "cache.gate": "always"} | options)
+    with pytest.raises(ExportError, match=says):
+        li_compile.export_report(module, given, gates="device", config=config)
 
 
-def test_what_cannot_be_exported():
-    def branches(x, condition):
-        return x if x.sum() > 0 else -x
+def test_an_artifact_that_asks_the_device(tmp_path):
+    """One program; the runner hands it what the plan says, and a Session records it."""
+    module = Sampler()
+    report = li_compile.export(module, inputs(), path=tmp_path / "a", gates="device",
+                               config=Config.from_options({"preset": "cache", "cache.gate": "always"}))
+    assert [v.name for v in report.variants] == ["all_gated"] and "cache.guard is not watched" in report.notes[0]
+    runner = li_compile.load(tmp_path / "a")
+    with li_compile.Session(runner.config) as session:
+        reused = runner(*inputs())
+    assert [c["calls"] for c in session.stats()["per_chunk"]] == [2]
+    entry = runner.manifest.calls[0].variants[0]
+    full, = runner.run(entry, dict(zip(("x", "condition"), inputs())) | {"reuse": OFF})
+    with torch.no_grad():
+        assert relative(reused, module.skipped(*inputs())) <= 1e-6 and relative(full, module(*inputs())) <= 1e-6
 
-    with pytest.raises(ExportError, match="torch.export cannot trace branches"):
-        gated(branches, *inputs())
+
+def a_loop(graph):
+    from li_compile.patterns import find_loop
+
+    loop, misses = find_loop(graph)
+    return loop or misses[0]
+
+
+def test_a_registered_loop_pattern_is_asked(monkeypatch):
+    """As for the backend: what a family names is looked for, and nothing else."""
+    from li_compile.patterns import Family, registry
+
+    seen = []
+    monkeypatch.setattr(registry, "_PATTERNS", dict(registry._PATTERNS))
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
+    registry.register_loop("watched", find=lambda graph: seen.append(graph) or a_loop(graph))
+    registry.register_family(Family("watching", loop="watched"))
+    both = gated(Sampler(), *inputs(), family="watching")
+    assert conditions(both) == 2 and len(seen) >= 2  # in the traced graph, and in the one that is gated
 
 
 def test_noise_between_the_steps_stays_where_it_is():
@@ -124,6 +167,6 @@ def test_noise_between_the_steps_stays_where_it_is():
         both = gated(module, *inputs())
         for reuse, want in ((ON, module.skipped), (OFF, module)):
             torch.manual_seed(3)
-            got = both(reuse, *inputs())
+            got = both(*inputs(), reuse)[0]
             torch.manual_seed(3)
             assert relative(got, want(*inputs())) <= 1e-6

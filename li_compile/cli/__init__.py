@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import typer
 
-from li_compile.cli import demo, doctor, explain, families, warm
+from li_compile.cli import demo, doctor, explain, export, families, run, warm
 
 __all__ = ["app"]
 
-COMMANDS = (demo, explain, warm, doctor, families)
+COMMANDS = (demo, explain, warm, export, run, doctor, families)
 
 app = typer.Typer(
     name="li-compile",

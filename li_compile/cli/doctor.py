@@ -203,4 +203,38 @@ def _families() -> Finding:
     return Finding("families", "ok", ", ".join(name for name, _ in known))
 
 
-CHECKS = (_python, _torch, _triton, _numpy, _gpu, _kernels, _compiler, _inductor_cache, _triton_cache, _backend, _families)
+def _export(name: str) -> Finding:
+    """What an export target can do here: build, and run what was built."""
+    from li_compile.exporting.manifest import versions
+    from li_compile.exporting.targets import target_module
+
+    target = target_module(name)
+    found = {p: v for p, v in versions(*target.PACKAGES).items() if p in target.PACKAGES}
+    told = ", ".join(f"{p} {v}" for p, v in found.items())
+    why = target.unavailable()
+    if why is not None:
+        problem, _, advice = why.partition(": ")
+        return Finding(f"export to {name}", "note", f"{told + ': ' if told else ''}{problem}", advice or "nothing to do, if it is not needed")
+    if name == "onnx" and "onnxruntime" not in found:
+        return Finding(f"export to {name}", "note", f"{told}: builds; li_compile.load cannot run it", "pip install onnxruntime")
+    return Finding(f"export to {name}", "ok", f"{told + ': ' if told else ''}builds and runs")
+
+
+def _exported_program() -> Finding:
+    return _export("exported_program")
+
+
+def _aot_inductor() -> Finding:
+    return _export("aot_inductor")
+
+
+def _onnx() -> Finding:
+    return _export("onnx")
+
+
+def _tensorrt() -> Finding:
+    return _export("tensorrt")
+
+
+CHECKS = (_python, _torch, _triton, _numpy, _gpu, _kernels, _compiler, _inductor_cache, _triton_cache, _backend, _families,
+          _exported_program, _aot_inductor, _onnx, _tensorrt)

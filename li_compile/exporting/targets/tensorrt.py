@@ -1,0 +1,148 @@
+"""TensorRT engines, through Torch-TensorRT: one engine a variant, or engines with PyTorch segments between them.
+
+Which TensorRT, is which distribution is installed: ``torch-tensorrt-rtx`` (TensorRT-RTX, the extra ``[tensorrt-rtx]``) or ``torch-tensorrt`` (the extra
+``[tensorrt]``). Engines hold their own weights, and run only with the version of TensorRT that built them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from li_compile import _compat
+from li_compile.errors import BackendUnavailable, ExportError
+from li_compile.exporting.manifest import VariantEntry
+from li_compile.exporting.program import Program, bound
+from li_compile.patterns.graph import value
+
+PACKAGES = ("torch-tensorrt-rtx", "torch-tensorrt", "tensorrt-rtx", "tensorrt")
+TIED = ("tensorrt-rtx", "tensorrt")
+FIXED = True
+HOLDS_WEIGHTS = True
+
+
+def installed() -> dict[str, str]:
+    """Distribution -> version, of those that provide torch_tensorrt."""
+    found = {}
+    for name in PACKAGES[:2]:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    return found
+
+
+def unavailable() -> str | None:
+    found = installed()
+    if not found or importlib.util.find_spec("torch_tensorrt") is None:
+        return ("TensorRT export needs Torch-TensorRT: pip install 'li_compile[tensorrt-rtx]' (TensorRT-RTX) or 'li_compile[tensorrt]' (TensorRT for "
+                "data-centre GPUs); one of the two, never both")
+    if len(found) > 1:
+        return f"{' and '.join(found)} are both installed, and both are the module torch_tensorrt: pip uninstall one, and reinstall the other"
+    (name, version), = found.items()
+    minor = ".".join(torch.__version__.split(".")[:2])
+    if version.split(".")[:2] != minor.split("."):
+        return f"{name} {version} is not for torch {torch.__version__}: pip install '{name}=={minor}.*'"
+    if not torch.cuda.is_available():
+        return ("building TensorRT engines needs an NVIDIA driver, and PyTorch finds none; li_compile.export_report and the other targets do not need "
+                "one")
+    return None
+
+
+def write(program: Program, folder: pathlib.Path, name: str, aliases: dict[str, str], note: Callable[[str], None]) -> dict[str, Any]:
+    torch_tensorrt = _imported()
+    from li_compile.exporting.targets.tensorrt_cond import register_cond
+
+    register_cond()
+    names = program.exported.graph_signature.user_inputs
+    fakes = [value(n) for n in program.exported.graph.nodes if n.op == "placeholder" and n.name in names]
+    if (numbers := [n for n, f in zip(names, fakes) if not isinstance(f, torch.Tensor)]):
+        raise ExportError(f"inputs {', '.join(map(str, numbers))} are numbers, which an engine does not take; give tensors, or close over them")
+    note(f"{name}: engines")
+    try:
+        graph = torch_tensorrt.dynamo.compile(
+            program.exported, arg_inputs=[torch_tensorrt.Input(tuple(f.shape), dtype=f.dtype) for f in fakes], device=torch.device("cuda:0"),
+            **_compat.tensorrt_settings(torch_tensorrt.__version__))
+    except Exception as error:
+        raise ExportError(f"Torch-TensorRT cannot build {name}: {type(error).__name__}: {error}") from error
+    return _segments(graph, folder, name)
+
+
+def _imported():
+    try:
+        import torch_tensorrt
+    except Exception as error:  # a driver or library that is missing shows as whatever it pleases
+        raise BackendUnavailable(f"torch_tensorrt is installed and cannot be imported: {type(error).__name__}: {error}. It needs an NVIDIA driver and "
+                                 "the TensorRT libraries of its own version; li_compile.export_report and the other targets do not") from error
+    return torch_tensorrt
+
+
+def _segments(graph: GraphModule, folder: pathlib.Path, name: str) -> dict[str, Any]:
+    """Write what Torch-TensorRT made. segments: in the order in which they run; inputs, outputs: values by name, handed on."""
+    segments, left, alias = [], [], {}
+    call = lambda n: n.op == "call_module"
+    known = lambda n: alias.get(n.name, n.name)
+    for node in graph.graph.nodes:
+        if call(node):
+            child = getattr(graph, node.target)
+            users = {u.args[1]: u for u in node.users if u.op == "call_function"}
+            engine = getattr(child, "serialized_engine", None)
+            row: dict[str, Any] = {"inputs": [known(a) for a in node.args]}
+            if engine is not None:
+                file = folder / f"{name}_{len(segments)}.engine"
+                file.write_bytes(engine)
+                count = len(child.output_binding_names)
+                row |= {"engine": file.name, "bindings": [list(child.input_binding_names), list(child.output_binding_names)]}
+            else:
+                file, count, ours = folder / f"{name}_{len(segments)}.pt2", *_torch_segment(child, node, folder / f"{name}_{len(segments)}.pt2")
+                row |= {"program": file.name, "operators": ours}
+                left += ours
+            single = count == 1 and not users
+            row["outputs"] = [node.name if single else f"{node.name}.{i}" for i in range(count)]
+            alias |= {u.name: f"{node.name}.{i}" for i, u in users.items()}
+            segments.append(row)
+        elif node.op not in ("placeholder", "output") and node.name not in alias:
+            raise ExportError(f"Torch-TensorRT left {node.target} outside of all segments of {name}; report this with the graph")
+    results = next(n for n in graph.graph.nodes if n.op == "output").args[0]
+    inputs = [n.name for n in graph.graph.nodes if n.op == "placeholder"]
+    return {"inputs": inputs, "outputs": [known(r) for r in (results if isinstance(results, (tuple, list)) else [results])], "segments": segments,
+            "left_to_pytorch": sorted(set(left))}
+
+
+def _torch_segment(child: GraphModule, call: Node, file: pathlib.Path) -> tuple[int, list[str]]:
+    """Save a segment that runs in PyTorch: (number of its outputs, the operators in it)."""
+    example = [torch.zeros(f.shape, dtype=f.dtype, device=f.device) for f in (value(p) for p in child.graph.nodes if p.op == "placeholder")]
+    with torch.no_grad():
+        exported = torch.export.export(child, tuple(example), strict=False)
+    exported._example_inputs = None
+    torch.export.save(exported, file)
+    ours = sorted({str(n.target._schema.name) for n in exported.graph.nodes if isinstance(n.target, torch._ops.OpOverload)})
+    return len(next(n for n in exported.graph.nodes if n.op == "output").args[0]), ours
+
+
+def open_variant(folder: pathlib.Path, entry: VariantEntry, device: torch.device) -> Callable[..., Any]:
+    from li_compile.engine import Engine
+
+    parts, caches = entry.parts, {o for o, t in zip(entry.parts["outputs"], entry.outputs) if t.name.startswith("cache.")}
+    opened = []
+    for row in parts["segments"]:
+        if "engine" in row:
+            taking_turns = [b for b, out in zip(row["bindings"][1], row["outputs"]) if out in caches]
+            opened.append(Engine((folder / row["engine"]).read_bytes(), *row["bindings"], taking_turns))
+        else:
+            opened.append(bound(torch.export.load(folder / row["program"]), {}))
+
+    def run(*values: Any) -> list[torch.Tensor]:
+        held = dict(zip(parts["inputs"], values))
+        for row, segment in zip(parts["segments"], opened):
+            out = segment(*(held[n] for n in row["inputs"]))
+            held |= dict(zip(row["outputs"], out if isinstance(out, (tuple, list)) else [out]))
+        return [held[n] for n in parts["outputs"]]
+
+    return run

@@ -1,0 +1,97 @@
+"""Other forms of context in artifacts: a step with cached keys and values, one that writes into preallocated caches, memory without cameras."""
+
+from __future__ import annotations
+
+import copy
+import operator
+
+import torch
+from context_models import ARGUMENTS, Remembering, Rolling, keep_memory, mark, remembering_inputs, rolling_inputs
+from test_context_forms import BASE, chosen_cache, rolled, session, step_inputs
+from tracing import relative, seeded
+
+import li_compile
+from li_compile import Config
+from li_compile.passes.index_slices import index_slices
+
+CONFIG = Config.from_options(BASE)
+
+
+def test_a_step_with_cached_context(tiny_world, tmp_path):
+    """What the session's plan drops is not read; without a plan, all of it is."""
+    model = tiny_world(depth=1)
+
+    def step(x, time, action, w2c, intrinsics, text_k, text_v, keys, values, start):
+        return model(x, time, action, w2c, intrinsics, text_k, text_v, (keys, values), start)[0]
+
+    inputs = step_inputs(model, 12)
+    report = li_compile.export(step, inputs, path=tmp_path / "a", config=CONFIG)
+    assert [v.name for v in report.variants] == ["all_full", "keep4_full", "keep8_full"]
+    runner = li_compile.load(tmp_path / "a")
+    with torch.no_grad():
+        with session(12, revisit=False) as s, s.chunk(12) as plan:
+            got = runner(*inputs)
+        assert len(plan.indices) == 8 and relative(got, step(*chosen_cache(inputs, plan.indices))) <= 1e-5
+        assert relative(runner(*inputs), step(*inputs)) <= 1e-5
+
+
+def test_memory_without_cameras(tmp_path):
+    model, inputs = seeded(Remembering), remembering_inputs(12)
+    given = lambda: [inputs[n] for n in ARGUMENTS]
+    report = li_compile.export(model, mark(inputs), path=tmp_path / "a", config=CONFIG)
+    assert [v.name for v in report.variants] == ["all_full", "keep4_full", "keep8_full", "keep12_full"]
+    runner = li_compile.load(tmp_path / "a")
+    with torch.no_grad():
+        with session(12, revisit=False) as s, s.chunk(12) as plan:
+            assert relative(runner(*given()), model(*keep_memory(inputs, plan.indices))) <= 1e-5
+        assert relative(runner(*given()), model(*given())) <= 1e-5
+
+
+def test_slices_of_a_preallocated_cache(tmp_path):
+    """Caches of the caller's: results of ``step``, written into where the runner is called as the model; pruned by a plan."""
+    model = seeded(Rolling)
+    x, keys, values = rolling_inputs(20)
+    copies = lambda: [[c.clone() for c in caches] for caches in (keys, values)]
+    config = Config.from_options(BASE | {"context.memory_frames": 8, "context.temporal_frames": 4})
+    report = li_compile.export(model, [x, keys, values, 20], path=tmp_path / "a", config=config)
+    names = ["keys_0", "keys_1", "values_0", "values_1"]
+    assert [v.name for v in report.variants] == ["all_full", "keep4_full", "keep8_full"] and report.variants[0].caches == names
+    runner, (mine, theirs, given) = li_compile.load(tmp_path / "a"), (copies() for _ in range(3))
+    with torch.no_grad():
+        want = model(x, *theirs, 20)
+        got, caches = runner.step(x, *given, 20)
+        assert relative(got, want) <= 1e-5 and list(caches) == names
+        assert all(torch.equal(a, b) for a, b in zip(sum(given, []), [*keys, *values]))  # not touched
+        assert relative(runner(x, *mine, 20), want) <= 1e-5
+        for explicit, a, b in zip(caches.values(), sum(mine, []), sum(theirs, [])):
+            assert relative(a, b) <= 1e-6 and relative(explicit, b) <= 1e-6
+        with session(20, revisit=True, **{"context.memory_frames": 8, "context.temporal_frames": 4}) as s, s.chunk(20) as plan:
+            got = runner(x, *copies(), 20)
+        assert len(plan.indices) == 8 and relative(got, rolled(model, x, keys, values, 20, plan.indices)) <= 1e-5
+
+
+def test_slices_are_indexed_once_and_only_of_caches_that_are_written():
+    """torch.export's slices and copies become what Dynamo's graphs hold, and the graph computes the same."""
+    x, keys, values = rolling_inputs(20, room=26)  # so that a part is read
+    program = torch.export.export(seeded(Rolling), (x, keys, values, 20), strict=True)
+    graph = copy.deepcopy(program.graph_module)
+    assert index_slices(graph).count == 4 and index_slices(graph).count == 0
+    kinds = [n.target for n in graph.graph.nodes]
+    assert kinds.count(operator.setitem) == 4 and torch.ops.aten.copy_.default not in kinds
+    given = lambda: [*program.state_dict.values(), x, *(c.clone() for c in (*keys, *values)), 20]
+    graph.recompile()
+    with torch.no_grad():
+        assert torch.equal(graph(*given())[0], program.graph_module(*given())[0])
+    reading = torch.export.export(Reads(), (keys[0],), strict=True).graph_module
+    assert index_slices(reading).count == 0 and operator.getitem not in [n.target for n in reading.graph.nodes]
+
+
+class Reads(torch.nn.Module):
+    def forward(self, cache):
+        return cache[:, 3:9] * 2
+
+
+def test_what_is_left_alone_is_told():
+    report = li_compile.export_report(torch.nn.Linear(2, 2), [torch.ones(1, 2)])
+    assert {"attention", "context", "denoising loop"} <= {r["pattern"] for r in report.left_alone}
+    assert "left alone, denoising loop: no model is called more than once" in " ".join(str(report).split())

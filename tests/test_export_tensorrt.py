@@ -1,0 +1,143 @@
+"""TensorRT artifacts: engines that are really built, on the CPU, in one other process (tensorrt_builds.py); none is run here."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import li_compile
+from li_compile.engine import open_engines
+from li_compile.errors import BackendUnavailable
+from li_compile.exporting.targets import tensorrt
+
+needs_it = pytest.mark.skipif(torch.cuda.is_available() or importlib.util.find_spec("tensorrt_rtx") is None,
+                              reason="torch-tensorrt-rtx is not installed, or there is a GPU, which the driver's stand-in is no match for")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """(what tensorrt_builds.py says, the folder of its artifacts)"""
+    folder = tmp_path_factory.mktemp("tensorrt")
+    run = subprocess.run([sys.executable, pathlib.Path(__file__).with_name("tensorrt_builds.py"), folder], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1]), folder
+
+
+@needs_it
+def test_the_whole_chunk_is_one_engine_a_variant(built):
+    chunk = built[0]["chunk"]
+    assert [v["name"] for v in chunk["variants"]] == ["all_full", "all_reuse"]
+    for variant, network, steps in zip(chunk["variants"], chunk["networks"], (3, 2)):
+        assert {o["operator"]: (o["calls"], o["lowering"]) for o in variant["operators"]} == {
+            "li::pack_context": (1, "native"), "li::sparse_decode": (steps, "native")}
+        (segment,) = variant["parts"]["segments"]
+        assert variant["parts"]["left_to_pytorch"] == [] and chunk["bytes"][segment["engine"]] > 100_000
+        # One attention a step, of which each is a softmax between two pairs of products.
+        assert network["layers"]["SOFTMAX"] == steps and network["layers"]["CONVOLUTION"] == steps + 1
+        assert network["inputs"]["noise"] == [[1, 4, 4, 4, 4], "FLOAT"] and network["inputs"]["context_action"] == [[1, 4], "INT64"]
+        assert list(network["outputs"].values()) == [[[1, 4, 4, 4, 4], "FLOAT"], [[], "FLOAT"]]  # latents and drift
+    assert chunk["networks"][1]["layers"]["MATRIX_MULTIPLY"] < chunk["networks"][0]["layers"]["MATRIX_MULTIPLY"]
+    assert chunk["bytes"]["weights.safetensors"] < 100  # engines hold their own
+
+
+@needs_it
+def test_a_gate_is_a_condition_in_the_engine(built):
+    gated = built[0]["gated"]
+    (network,), (variant,) = gated["networks"], gated["variants"]
+    assert variant["name"] == "all_gated" and len(variant["parts"]["segments"]) == 1 and not variant["parts"]["left_to_pytorch"]
+    assert network["layers"]["CONDITION"] == 2 and network["layers"]["CONDITIONAL_OUTPUT"] == 2
+    assert network["inputs"]["reuse"] == [[], "BOOL"]
+
+
+@needs_it
+def test_block_sparse_attention_written_out(built):
+    native = built[0]["native"]
+    (network,), (variant,) = native["networks"], native["variants"]
+    assert network["layers"]["TOPK"] == 1 and network["layers"]["SOFTMAX"] == 1 and network["layers"]["GATHER"] >= 2
+    assert "gathered blocks" in variant["operators"][0]["why"]
+    assert variant["caches"] == ["sum"] and len(network["inputs"]) == 2 and len(network["outputs"]) == 2  # x and the cache, in and out
+
+
+@needs_it
+def test_a_pytorch_segment_between_engines(built):
+    hybrid = built[0]["hybrid"]
+    (variant,) = hybrid["variants"]
+    engine, program = variant["parts"]["segments"]
+    assert "engine" in engine and "li::sparse_attention" in program["operators"]
+    assert hybrid["bytes"][engine["engine"]] > 10_000 and set(program["inputs"]) <= {*engine["outputs"], *variant["parts"]["inputs"]}
+    assert "SOFTMAX" not in hybrid["networks"][0]["layers"] and "import li_compile.kernels" in hybrid["notes"][0]
+
+
+@needs_it
+def test_strict_wants_all_of_it_in_engines(built):
+    assert built[0]["strict"].startswith("ExportError: li::sparse_attention cannot be part of an engine")
+    assert built[0]["left behind"] == ["chunk", "gated", "hybrid", "native"]
+
+
+@needs_it
+def test_where_there_is_no_gpu_it_cannot_be_loaded(built):
+    assert "PyTorch finds none here: install a driver" in built[0]["load"]
+    with pytest.raises(RuntimeError, match="cannot load this engine: it was built by another version or for another GPU, or there is no driver"):
+        open_engines(built[1] / "native")
+    with pytest.raises(ValueError, match="all_full is not one engine: PyTorch runs parts of it; open the artifact with li_compile.load"):
+        open_engines(built[1] / "hybrid")
+
+
+@needs_it
+def test_another_version_of_tensorrt(built, monkeypatch):
+    from li_compile.exporting import running
+    from li_compile.exporting.manifest import versions
+
+    monkeypatch.setattr("li_compile.exporting.manifest.versions", lambda *packages: versions(*packages) | {"tensorrt-rtx": "1.4.0.76"})
+    with pytest.raises(li_compile.LightInteractionError, match=r"was exported with tensorrt-rtx 1\.\d.*, and 1.4.0.76 is installed: export it again here, or "
+                       "pip install 'tensorrt-rtx=="):
+        running.load(built[1] / "native")
+
+
+@needs_it
+def test_engines_need_nothing_of_ours():
+    """open_engines imports no compiler, no Torch-TensorRT."""
+    code = ("import sys, li_compile.engine as e\nassert e.tensorrt().__name__ == 'tensorrt_rtx'\n"
+            "assert not [m for m in sys.modules if m.startswith(('torch_tensorrt', 'li_compile.exporting', 'li_compile.pipeline'))]\nprint('alone')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "alone", done.stderr
+
+
+# What is said where it cannot be had.
+
+
+@pytest.mark.parametrize(("found", "gpu", "says"), [
+    ({}, False, r"needs Torch-TensorRT: pip install 'li_compile\[tensorrt-rtx\]' .* or 'li_compile\[tensorrt\]'"),
+    ({"torch-tensorrt-rtx": "{minor}.0", "torch-tensorrt": "{minor}.0"}, True, "are both installed, and both are the module torch_tensorrt"),
+    ({"torch-tensorrt-rtx": "2.3.0"}, True, r"torch-tensorrt-rtx 2.3.0 is not for torch .*: pip install 'torch-tensorrt-rtx=="),
+    ({"torch-tensorrt-rtx": "{minor}.0"}, False, "needs an NVIDIA driver, and PyTorch finds none"),
+])
+def test_what_is_missing(tmp_path, monkeypatch, found, gpu, says):
+    minor = ".".join(torch.__version__.split(".")[:2])
+    monkeypatch.setattr(tensorrt, "installed", lambda: {n: v.format(minor=minor) for n, v in found.items()})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    with pytest.raises(BackendUnavailable, match=says):
+        li_compile.export(nn.Linear(2, 2), [torch.ones(1, 2)], target="tensorrt", path=tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_says_that_it_cannot_be_built_here(monkeypatch):
+    monkeypatch.setattr(tensorrt, "installed", dict)
+    report = li_compile.export_report(nn.Linear(2, 2), [torch.ones(1, 2)], target="tensorrt")
+    assert "needs Torch-TensorRT" in report.unavailable and "cannot be built here: TensorRT export needs" in " ".join(str(report).split())
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or importlib.util.find_spec("torch_tensorrt") is None, reason="needs Torch-TensorRT and no driver")
+def test_an_import_that_fails(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorrt, "unavailable", lambda: None)
+    with pytest.raises(BackendUnavailable, match=r"(?s)torch_tensorrt is installed and cannot be imported: .*It needs an NVIDIA driver"):
+        li_compile.export(nn.Linear(2, 2), [torch.ones(1, 2)], target="tensorrt", path=tmp_path / "a")
+    assert not list(tmp_path.iterdir())
