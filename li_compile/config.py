@@ -218,6 +218,15 @@ class ContextConfig(_Section):
         least = self.temporal_frames + (0 if self.policy == "coverage" else self.anchor_frames)  # there on new ground only
         return max(1, -(-least // self.chunk_frames)) * self.chunk_frames, self.memory_frames
 
+    def kept_of(self, history: int) -> range:
+        """All numbers of latents that a plan may keep of a history of this many, fewest first."""
+        unit = 1 if self.policy == "slots" else self.chunk_frames
+        return range(unit, min(self.lengths()[1], history) + 1, unit)
+
+    def may_reuse(self, kept: int) -> bool:
+        """Whether steps may be reused with this much context: of a history shorter than any window there is nothing to revisit."""
+        return kept >= self.lengths()[0]
+
     def view(self) -> dict[str, Any]:
         """What a camera sees, as keyword arguments of ``kernels.view_overlap``. Needs torch if intrinsics are given."""
         view: dict[str, Any] = {"rule": self.rule, "fov": self.fov, "radius": self.radius}

@@ -79,12 +79,12 @@ class Dispatcher(Calls):
         """Compile the variants for these inputs, and for less context than they hold, that the policy can come to."""
         name, held = next(iter(self.known.context.inputs.items()))
         given = held.frames(args[self.names.index(name)].shape[held.dim])
-        unit = 1 if self.config.context.policy == "slots" else self.config.context.chunk_frames
-        for kept in range(unit, self.config.context.lengths()[1] + 1, unit):
-            if kept < given or kept == given and self.known.context.at_source:
-                fewer = self.select(args, given, range(kept))
-                for reuse in (False, True) if self.known.reuses else (False,):
-                    self.variant(kept, reuse, fewer)
+        for kept in self.config.context.kept_of(given):
+            if kept == given and not self.known.context.at_source:  # all of a cache: the graph as it is
+                continue
+            fewer, gate = self.select(args, given, range(kept)), self.config.cache.gate
+            for reuse in (False, True) if self.known.reuses and (gate == "always" or self.config.context.may_reuse(kept)) else (False,):
+                self.variant(kept, reuse, fewer)
 
     def variant(self, kept: int | None, reuse: bool, args: Sequence[Any]) -> LoopVariant:
         sizes = () if kept is None else tuple(args[i].shape for i in self.other)

@@ -27,7 +27,7 @@ def test_all_that_a_plan_can_choose_is_compiled_once(compiled):
     sampler, fn, report = compiled
     (graph,) = report.graphs
     made = [(v.kept, v.reuse) for v in graph.variants]
-    assert sorted(made) == [(kept, reuse) for kept in (4, 8, 12, 16) for reuse in (False, True)]
+    assert sorted(made) == [(4, False), *((kept, reuse) for kept in (8, 12, 16) for reuse in (False, True))]
     assert all(v.seconds > 0 for v in graph.variants)
     with torch.no_grad():
         for history, revisit in ((8, False), (20, True), (24, False)):

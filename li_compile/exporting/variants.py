@@ -38,24 +38,22 @@ def wanted(traced: Traced, config: Config, gates: str) -> list[tuple[int | None,
     context, reuses = traced.facts.context, can_reuse(traced.facts, config)
     lengths: list[int | None] = [None]
     if context is not None and config.context.enabled:
-        unit = 1 if config.context.policy == "slots" else config.context.chunk_frames
-        most = config.context.lengths()[1]
-        lengths = list(range(unit, min(most, context.frames) + 1, unit))
+        lengths = list(config.context.kept_of(context.frames))
         if not context.at_source:
             lengths = [n for n in lengths if n < context.frames]
         if not context.at_source or context.history_w2c is None:  # all of a cache, or a call that no plan is for: the graph as it is
             lengths = [None, *lengths]
     if reuses and gates == "device":
         return [(n, None) for n in lengths]
-    # Shorter than this, all of a short history is kept, and there is nothing yet that could be revisited.
-    least = 0 if config.cache.gate == "always" or lengths == [None] else config.context.lengths()[0]
-    return [(n, r) for n in lengths for r in ((False, True) if reuses and (n is None or n >= least) else (False,))]
+    may_reuse = lambda n: n is None or config.cache.gate == "always" or config.context.may_reuse(n)
+    return [(n, r) for n in lengths for r in ((False, True) if reuses and may_reuse(n) else (False,))]
 
 
 def variants(traced: Traced, config: Config, gates: str) -> Iterator[Variant]:
     """Build them, by the same passes as the backend. Raises ExportError where a gate on the device cannot be had."""
-    if gates == "device":  # steps are gated one by one, and so are not made one region
-        config = dataclasses.replace(config, exact=dataclasses.replace(config.exact, shared_steps=False))
+    # What is compiled once is of no use where regions are inlined, and steps that are gated one by one are not made one region.
+    exact = dataclasses.replace(config.exact, repeated_blocks=False, shared_steps=config.exact.shared_steps and gates != "device")
+    config = dataclasses.replace(config, exact=exact)
     facts, bases = traced.facts, {}
     for kept, reuse in wanted(traced, config, gates):
         mode, inputs = static_inputs(facts, traced.fakes, kept)
