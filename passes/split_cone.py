@@ -245,7 +245,8 @@ class _Made:
                     made[key] = emit(cut.like, source.op, source.target, (part, *source.args[1:]), dict(source.kwargs))
                 made[self] = emit(cut.like, "call_function", operator.getitem, (made[key], index))
             else:
-                made[self] = emit(cut.like, self.node.op, self.node.target, args, dict(self.node.kwargs))
+                joins = cat_operands(self.node) is not None or name_of(self.node) == "stack"  # all that it is given is in args
+                made[self] = emit(cut.like, self.node.op, self.node.target, args, {} if joins else dict(self.node.kwargs))
         return made[self]
 
     def size(self, cut: _Cut, made: dict):

@@ -147,7 +147,7 @@ class ArRollout:
         step = dict(vision, **at(now), cache_vision=False, rope_temporal_size=count + size, start_rope_start_idx=count)
         pipe.scheduler.set_timesteps(pipe.num_inference_steps, device=device)
         pipe.scheduler.set_begin_index(0)  # or it would look up the first time on the device, and wait
-        with pipe.progress_bar(total=len(times)) as bar, self.rollout.steps(plan, times, (cameras["action"],)) as steps:
+        with pipe.progress_bar(total=len(times)) as bar, self.rollout.steps(plan, times, (step["action"],)) as steps:
             for i, t in enumerate(times):
                 x = latents[:, :, start:start + size]
                 time = torch.full((size,), t, device=device, dtype=timesteps.dtype)
