@@ -69,23 +69,35 @@ def export(model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
     job = _Job(model, args, kwargs, target, config, gates, sparse, strict, also)
     if (why := job.target.unavailable()) is not None:
         raise BackendUnavailable(why)
+    parent = path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         report = job.run(folder, progress or (lambda *_: None))
-        old = None
-        if path.exists():
-            old = path.with_name(f"{folder.name}.old")
-            path.rename(old)
         folder.chmod(0o755)  # mkdtemp's are their maker's alone
-        folder.rename(path)
-        if old is not None:
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        _replace(path, folder)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        if not parent:
+            path.parent.rmdir()
         raise
     report.path = str(path)
     return report
+
+
+def _replace(path: pathlib.Path, new: pathlib.Path) -> None:
+    """Put a folder in the place of whatever is there, which comes back if that fails."""
+    old = new.with_name(f"{new.name}.old")
+    if path.exists():
+        path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
+    if old.exists():
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def export_report(model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any] | None = None, *, target: str = "exported_program",
