@@ -34,7 +34,9 @@ def prepare(model, patch) -> None:
     for block in {type(b) for b in model.blocks}:
         if (forward := undisabled(block.forward)) is not None:
             patch(block, "forward", forward)
-    table = _TABLES[model] = types.SimpleNamespace(cos=None, sin=None, known={}, make=model.rope.forward)
+    if model not in _TABLES:  # else it is prepared a second time: upstream's own ``forward`` may be replaced already
+        _TABLES[model] = types.SimpleNamespace(cos=None, sin=None, known={}, make=model.rope.forward)
+    table = _TABLES[model]
     patch(model.rope, "forward", lambda hidden_states: (table.cos, table.sin))
 
 
