@@ -44,6 +44,8 @@ def attach(pipeline, patch, rollout) -> None:
 
 def check(pipeline, rollout) -> None:
     """Refuse what would be silently wrong."""
+    if isinstance(getattr(pipeline, INNER, None), ArRollout):
+        rollout.refuse("this pipeline is compiled already; call detach() on what li_compile.compile gave for it first")
     takes = {name: tuple(inspect.signature(method).parameters) for name in (INNER, OUTER) if callable(method := getattr(pipeline, name, None))}
     if takes.get(INNER) != INPUTS or takes.get(OUTER, ())[:len(INPUTS)] != INPUTS or "transformer_resident" not in takes[OUTER]:
         rollout.refuse(f"this is another version of upstream's pipeline than the one known: {INNER} takes "
