@@ -183,6 +183,8 @@ def test_what_cannot_be_right_is_refused_with_what_to_do(make_reduced, monkeypat
 
     with refused("compiled already; call detach") as pipe:
         li_compile.compile(pipe, li_compile.Config.from_options(OPTIONS))
+    with refused("OptimizedModule, not upstream's.*take off what was put around it") as pipe:
+        pipe.transformer = torch.compile(pipe.transformer)
     with refused("no action parameters.*action_ckpt") as pipe:
         del pipe.transformer.action_in
     with refused("projections of all blocks are zero.*action_ckpt") as pipe:
