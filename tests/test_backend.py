@@ -343,7 +343,7 @@ def digest():
     return lambda options=None: pipeline._digest.__wrapped__(Config.from_options(options).digest(), registry.identity())
 
 
-CHANGED = {"strict": True, "lowering": "eager", "inductor": {"max_autotune": True}, "family": "doom_world",
+CHANGED = {"strict": True, "lowering": "eager", "inductor": {"max_autotune": True}, "family": "doom_world", "offload": True, "stream": True,
            "exact.enabled": False, "exact.functional_writes": False, "exact.real_arithmetic": False, "exact.equal_rows": False,
            "exact.invariants": False, "exact.dead_tails": False, "exact.merge_regions": False, "exact.shared_steps": False, "exact.repeated_blocks": False,
            "exact.islands": "bf16", "sparse.enabled": False, "sparse.topk_ratio": 0.2,

@@ -80,6 +80,30 @@ def test_with_approximations_off_the_latents_are_upstreams(make):
     assert torch.equal(rollout(pipe, given), want)
 
 
+@upstream.needs_upstream
+def test_in_half_precision_it_is_no_further_from_fp32_than_upstream():
+    given = reduced.inputs(2, left_right(), upstream.TINY["in_channels"], widths=upstream.WIDTHS)
+    model, half = upstream.transformer(), upstream.transformer(dtype=torch.bfloat16)
+    for p, q in zip(half.parameters(), model.parameters()):
+        p.copy_(q)
+    want = rollout(upstream.pipeline(model, 2), given)
+    cast = lambda x: x.bfloat16() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+    given |= {k: cast(v) for k, v in given.items() if k not in ("viewmats", "Ks", "timesteps")}
+    given["extra_kwargs"] = {k: cast(v) for k, v in given["extra_kwargs"].items()}
+    pipe = upstream.pipeline(half, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs, ours = rollout(pipe, given), rollout(compiled(pipe, preset="exact"), given)
+    assert graphs() == 3 and relative(ours.float(), theirs.float()) <= 1e-2
+    assert relative(ours.float(), want) <= 1.05 * relative(theirs.float(), want)
+
+
+def test_inductor_takes_graphs_of_any_context_length(monkeypatch):
+    """One block, so that it is quick: a first chunk, an encoding and steps over 4 and over 8 latents."""
+    pipe, given = reduced.pipeline(monkeypatch, 3, depth=1), reduced.inputs(3, left_right())
+    want = rollout(pipe, given)
+    assert relative(rollout(compiled(pipe, preset="exact", lowering="inductor"), given), want) <= 1e-5 and graphs() == 3
+
+
 def test_the_authors_context_and_calls_through_the_pipelines_loop(make):
     """The evaluation trajectory: 148 of 260 context latents, 48 of 64 calls; five graphs, sparse ones from 8 latents on."""
     pipe, given = make(16)
@@ -157,6 +181,10 @@ def test_what_cannot_be_right_is_refused_with_what_to_do(make_reduced, monkeypat
             rollout(li_compile.compile(pipe, li_compile.Config.from_options(OPTIONS)), given)
         vars(pipe).update({k: v for k, v in before.items()})
 
+    with refused("compiled already; call detach") as pipe:
+        li_compile.compile(pipe, li_compile.Config.from_options(OPTIONS))
+    with refused("OptimizedModule, not upstream's.*take off what was put around it") as pipe:
+        pipe.transformer = torch.compile(pipe.transformer)
     with refused("no action parameters.*action_ckpt") as pipe:
         del pipe.transformer.action_in
     with refused("projections of all blocks are zero.*action_ckpt") as pipe:

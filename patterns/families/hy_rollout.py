@@ -21,8 +21,10 @@ import sys
 import torch
 
 from ..parking import Parked
+from ..recognise import qualified
 from .hy_decoding import StreamedDecoding, can_stream
 
+MODEL = "hyvideo.models.transformers.worldplay_1_5_transformer.HunyuanVideo_1_5_DiffusionTransformer"
 PIPELINE = "hyvideo.pipelines.worldplay_video_pipeline.HunyuanVideo_1_5_Pipeline"
 INNER, OUTER, SELECT = "_ar_rollout_inner", "ar_rollout", "select_aligned_memory_frames"
 INPUTS = ("latents", "timesteps", "prompt_embeds", "prompt_mask", "vision_states", "cond_latents", "task_type", "extra_kwargs", "viewmats", "Ks",
@@ -44,6 +46,8 @@ def attach(pipeline, patch, rollout) -> None:
 
 def check(pipeline, rollout) -> None:
     """Refuse what would be silently wrong."""
+    if isinstance(getattr(pipeline, INNER, None), ArRollout):
+        rollout.refuse("this pipeline is compiled already; call detach() on what li_compile.compile gave for it first")
     takes = {name: tuple(inspect.signature(method).parameters) for name in (INNER, OUTER) if callable(method := getattr(pipeline, name, None))}
     if takes.get(INNER) != INPUTS or takes.get(OUTER, ())[:len(INPUTS)] != INPUTS or "transformer_resident" not in takes[OUTER]:
         rollout.refuse(f"this is another version of upstream's pipeline than the one known: {INNER} takes "
@@ -52,6 +56,9 @@ def check(pipeline, rollout) -> None:
     if selection() is None:
         rollout.refuse(f"the pipeline's module has no {SELECT}: this is not upstream's tree, or another version of it")
     model = pipeline.transformer
+    if qualified(type(model)) != MODEL:
+        rollout.refuse(f"pipe.transformer is a {qualified(type(model))}, not upstream's {MODEL}: take off what was put around it "
+                       "(torch.compile, li_compile.compile), or compile the model alone")
     if not hasattr(model, "action_in"):
         rollout.refuse("the transformer has no action parameters: this is HunyuanVideo 1.5, and WorldPlay's action checkpoint was not loaded "
                        "(create_pipeline(action_ckpt=...))")

@@ -15,11 +15,10 @@ import torch
 
 from .._compat import undisabled
 from ..registry import Family, register_family
-from .hy_rollout import PIPELINE, attach
+from .hy_rollout import MODEL, PIPELINE, attach
 
 PACKAGE = "hyvideo"
 DISABLED = ("attention", "parallel_attention", "sequence_parallel_attention_txt", "sequence_parallel_attention_vision")
-MODEL = f"{PACKAGE}.models.transformers.worldplay_1_5_transformer.HunyuanVideo_1_5_DiffusionTransformer"
 CHOICE = "maybe_fallback_attn_mode"
 NOTES = ("thw", "layer-name")
 MODES = ("flash", "flash2", "flash3", "torch")
