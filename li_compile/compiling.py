@@ -10,7 +10,7 @@ import torch
 
 from li_compile.config import Config
 from li_compile.errors import ConfigError
-from li_compile.patterns.preparation import prepare
+from li_compile.patterns.preparation import arguments, prepare
 from li_compile.patterns.recognise import family_of_model
 from li_compile.pipeline import family_of
 
@@ -33,14 +33,16 @@ class Compiled:
 
     def __init__(self, original: Callable[..., Any], config: Config) -> None:
         self.original, self.config = original, config
-        self.preparation = prepare(original, family_of(config))
+        self.family = family_of(config)
+        self.preparation = prepare(original, self.family)
         self._run = torch.compile(original, backend="light_interaction", options=config.to_options())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = arguments(self.original, self.family, args, kwargs, self.config.context.enabled)
         return self._run(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("original", "config", "preparation", "_run"):  # not set yet, as while unpickling
+        if name in ("original", "config", "family", "preparation", "_run"):  # not set yet, as while unpickling
             raise AttributeError(name)
         return getattr(self.original, name)
 

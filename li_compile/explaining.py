@@ -18,7 +18,7 @@ from li_compile.outlines import outline
 from li_compile.passes.cost import Product, products
 from li_compile.patterns.attention import ROLE_NAMES
 from li_compile.patterns.graph import hint, name_of, placeholders, source_line, value
-from li_compile.patterns.preparation import prepare
+from li_compile.patterns.preparation import arguments, prepare
 from li_compile.pipeline import Facts, build, canonical, family_of, match, report_of
 from li_compile.report import GraphReport, PassEffect, Report, SiteReport, Work
 from li_compile.reuse import can_reuse
@@ -43,8 +43,10 @@ def explain(fn: Callable[..., Any], *args: Any, config: Config | None = None, **
     piece is reported on its own.
     """
     config = with_family(Config() if config is None else config, fn)
-    prepared = prepare(fn, family_of(config))
+    family = family_of(config)
+    prepared = prepare(fn, family)
     try:
+        args, kwargs = arguments(fn, family, args, kwargs, config.context.enabled)
         report = _explain(fn, args, kwargs, config)
     finally:
         prepared.undo()

@@ -48,3 +48,13 @@ def expression(size):
 def undisabled(function):
     """What ``torch.compiler.disable`` was put around (2.11 to 2.14: ``_torchdynamo_orig_callable``), or None."""
     return getattr(function, "_torchdynamo_orig_callable", None)
+
+
+def dynamo_config():
+    """Dynamo's options (2.11 to 2.14: ``torch._dynamo.config``)."""
+    return torch._dynamo.config
+
+
+def may_change(tensor: torch.Tensor, dim: int) -> None:
+    """Make a dimension a symbol of the graphs that are traced next, unless they need its number (2.11 to 2.14: not exported elsewhere)."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dim)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from ._compat import may_change
 from .recognise import qualified, roots
 from .registry import Family
 
@@ -21,7 +24,8 @@ class Preparation:
         own = vars(owner) if hasattr(owner, "__dict__") else {}
         if not hasattr(owner, name):
             raise AttributeError(f"{owner!r} has no attribute {name!r} that a preparation could change")
-        self._before.append((owner, name, own.get(name, _MISSING)))
+        inherited = name not in own and hasattr(type(owner), name)
+        self._before.append((owner, name, _MISSING if inherited else getattr(owner, name)))
         setattr(owner, name, new)
         whose = owner.__name__ if hasattr(owner, "__name__") else qualified(type(owner))
         self.changes.append(f"{whose}.{name}")
@@ -49,3 +53,16 @@ def prepare(model: Any, family: Family | None) -> Preparation:
         done.undo()
         raise
     return done
+
+
+def arguments(model: Any, family: Family | None, args: tuple, kwargs: dict, prune: bool) -> tuple[tuple, dict]:
+    """What a call's arguments are to be for the compiled model, if it is a module of the family's: the family's hook on them, and
+    with ``prune`` the sizes of what holds context free to change."""
+    if family is None or qualified(type(model)) not in family.modules[:1]:
+        return args, kwargs
+    if family.arguments is not None:
+        args, kwargs = family.arguments(model, args, kwargs)
+    for name, dim in family.holds.items() if prune else ():
+        if isinstance(kwargs.get(name), torch.Tensor):
+            may_change(kwargs[name], dim)
+    return args, kwargs

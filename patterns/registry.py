@@ -33,9 +33,15 @@ class Family:
 
     modules: qualified names of module classes ("package.module.Class") by which the family is recognised where none is
         given: in a graph by the submodules that it was traced through, in ``li_compile.compile`` by the model's modules.
+    requires: classes that must be there too, for a name that several models share.
     prepare: called as ``prepare(module, patch)`` by ``li_compile.compile`` and ``explain`` before tracing, on each module of
         the first of these classes, to hide what would break the graph; every change goes through ``patch(owner, attribute, new)``, so
         that it can be listed and undone.
+    arguments: called as ``arguments(module, args, kwargs)`` by ``li_compile.compile`` and ``explain`` before each call of a
+        module of the first of these classes, outside of what is traced; gives the args and kwargs to call it with, such as
+        lists of numbers as tensors.
+    holds: keyword argument of such a call -> dimension along which it holds context, whose size is made to be one that may
+        change where context is pruned.
     roles: role -> argument name as it stands in the traced function, for ``history_w2c`` and ``current_w2c`` (camera poses)
         and ``positions`` (temporal RoPE indices of the context).
     grid: rows and columns of tokens in a latent frame, or None to read them from the graph.
@@ -54,7 +60,10 @@ class Family:
     grid: tuple[int, int] | None = None
     positions: str | None = None
     modules: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
     prepare: Callable | None = None
+    arguments: Callable | None = None
+    holds: Mapping[str, int] = dataclasses.field(default_factory=dict)
     groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
     attention: tuple[str, ...] = ()
     context: str | None = None
@@ -64,7 +73,7 @@ class Family:
     def __post_init__(self) -> None:
         if self.positions not in (None, "keep", "compact"):
             raise ValueError(f"positions of family {self.name!r} is {self.positions!r}; it must be 'keep', 'compact' or None")
-        for field in ("modules", "attention", "opt_out"):
+        for field in ("modules", "requires", "attention", "opt_out"):
             if isinstance(getattr(self, field), str):
                 raise ValueError(f"{field} of family {self.name!r} is a string; it must be a tuple of strings")
         unknown = set(self.opt_out) - set(self.groups) - {"context", "loop"}

@@ -218,6 +218,23 @@ def test_writes(how, count, reason, dtype):
     assert done.count == count and reason in done.reasons and done.error() == 0
 
 
+def put_back(how, x):
+    """Rows 1 and 2 of a product, changed and put back in place, as some write their rotary embeddings."""
+    made = x * 2
+    z = made.view(2, 2, 9).transpose(0, 1)
+    if how == "given":
+        z = x.view(2, 2, 9)
+    z[:, 1:, :4] = z[:, 1:, :4] + 1
+    return (z * 3, made) if how == "read elsewhere" else z * 3
+
+
+@pytest.mark.parametrize(("how", "count"), [("alone", 1), ("given", 0), ("read elsewhere", 0)])
+def test_writes_into_a_product_that_nothing_else_reads(how, count):
+    done = Rewritten(lambda x: put_back(how, x), torch.randn(4, 9), passes=(functional_writes,))
+    assert done.count == count and done.error() == 0
+    assert count or "more than this reads" in done.reasons
+
+
 # Complex numbers.
 
 
