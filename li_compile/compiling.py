@@ -13,6 +13,7 @@ from li_compile.errors import ConfigError
 from li_compile.patterns.preparation import arguments, prepare
 from li_compile.patterns.recognise import family_of_model
 from li_compile.pipeline import family_of
+from li_compile.rollout import CompiledPipeline, Rollout, family_for
 
 
 def with_family(config: Config, model: Any) -> Config:
@@ -56,18 +57,23 @@ class Compiled:
         return self.original
 
 
-def compile(model: Callable[..., Any], config: Config | None = None, family: str | None = None) -> Compiled:
-    """Compile a module or function for the options of ``config`` (None: all defaults, preset "all").
+def compile(model: Any, config: Config | None = None, family: str | None = None) -> Compiled | CompiledPipeline:
+    """Compile a module, a function or a pipeline for the options of ``config`` (None: all defaults, preset "all").
 
-    The same as ``torch.compile(model, backend="light_interaction", options=...)``, with the options checked at once
-    and not at the first call. family: name of a model family (``li-compile families``), over the config's; None: the one
-    that the model's modules belong to, if any. Its preparation is run on the model.
-    Raises ConfigError for what is neither module nor function, and for an unknown family.
+    For a module or function the same as ``torch.compile(model, backend="light_interaction", options=...)``, with the options
+    checked at once and not at the first call. A pipeline is taken apart by the family that knows its class: its models are
+    compiled, its chunks planned. family: name of a model family (``li-compile families``), over the config's; None: the one
+    that the model's modules or the pipeline belong to, if any. Its preparation is run on the model.
+    Raises ConfigError for what is none of these, for an unknown family and for a pipeline that no family knows.
     """
-    if not callable(model) or isinstance(model, type):
-        raise ConfigError(f"{type(model).__name__} is neither a module nor a function; give its transformer, or a "
-                          "function that denoises a chunk (pipelines are not taken apart yet)")
     config = Config() if config is None else config
     if family is not None:
         config = dataclasses.replace(config, family=family)
+    known = family_for(model, config)
+    if known is not None:
+        config = dataclasses.replace(config, family=known.name)
+        return CompiledPipeline(model, known, Rollout(config, lambda module: Compiled(module, config)))
+    if not callable(model) or isinstance(model, type):
+        raise ConfigError(f"{type(model).__name__} is neither a module nor a function; give its transformer, or a "
+                          "function that denoises a chunk")
     return Compiled(model, with_family(config, model))

@@ -34,6 +34,12 @@ def family_of_model(model) -> list[Family]:
     return recognised(qualified(type(m)) for root in roots(model) for m in root.modules())
 
 
+def family_of_pipeline(pipeline) -> list[Family]:
+    """The families that know a pipeline's class or one that it derives from."""
+    classes = {qualified(cls) for cls in type(pipeline).__mro__}
+    return [f for f in families().values() if classes.intersection(f.pipelines)]
+
+
 def roots(model) -> list[torch.nn.Module]:
     """The modules at hand in a module, a bound method, or a function's closure."""
     if isinstance(model, torch.nn.Module):

@@ -42,6 +42,10 @@ class Family:
         lists of numbers as tensors.
     holds: keyword argument of such a call -> dimension along which it holds context, whose size is made to be one that may
         change where context is pruned.
+    pipelines: qualified names of pipeline classes, subclasses included, by which ``li_compile.compile(pipeline)`` knows the family.
+    attach: called as ``attach(pipeline, patch, rollout)`` by ``li_compile.compile`` with such a pipeline, to put compiled models and
+        planned chunks where the pipeline runs its rollout; changes go through ``patch``. rollout: ``config``; ``session``, one
+        for all rollouts, to ``reset()`` at the start of each; ``compile(module)``, prepared for the family, undone with the rest.
     roles: role -> argument name as it stands in the traced function, for ``history_w2c`` and ``current_w2c`` (camera poses)
         and ``positions`` (temporal RoPE indices of the context).
     grid: rows and columns of tokens in a latent frame, or None to read them from the graph.
@@ -64,6 +68,8 @@ class Family:
     prepare: Callable | None = None
     arguments: Callable | None = None
     holds: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    pipelines: tuple[str, ...] = ()
+    attach: Callable | None = None
     groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
     attention: tuple[str, ...] = ()
     context: str | None = None
@@ -73,9 +79,11 @@ class Family:
     def __post_init__(self) -> None:
         if self.positions not in (None, "keep", "compact"):
             raise ValueError(f"positions of family {self.name!r} is {self.positions!r}; it must be 'keep', 'compact' or None")
-        for field in ("modules", "requires", "attention", "opt_out"):
+        for field in ("modules", "requires", "pipelines", "attention", "opt_out"):
             if isinstance(getattr(self, field), str):
                 raise ValueError(f"{field} of family {self.name!r} is a string; it must be a tuple of strings")
+        if self.pipelines and self.attach is None:
+            raise ValueError(f"family {self.name!r} names pipelines, but not what to do with one; give attach")
         unknown = set(self.opt_out) - set(self.groups) - {"context", "loop"}
         if unknown:
             raise ValueError(f"family {self.name!r} opts out of {', '.join(sorted(unknown))}, which is neither 'context' nor 'loop' nor "
