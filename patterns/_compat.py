@@ -55,6 +55,8 @@ def dynamo_config():
     return torch._dynamo.config
 
 
-def may_change(tensor: torch.Tensor, dim: int) -> None:
-    """Make a dimension a symbol of the graphs that are traced next, unless they need its number (2.11 to 2.14: not exported elsewhere)."""
-    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+def settle_sizes(tensor: torch.Tensor, free: int | None) -> None:
+    """Make the sizes of a tensor constants of the graphs that are traced next, whatever they were in earlier calls, but for one
+    that may be a symbol (2.11 to 2.14: ``torch._dynamo.mark_static`` and ``maybe_mark_dynamic``, exported nowhere else)."""
+    for dim in range(tensor.dim()):
+        (torch._dynamo.maybe_mark_dynamic if dim == free else torch._dynamo.mark_static)(tensor, dim)

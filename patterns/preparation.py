@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ._compat import may_change
+from ._compat import settle_sizes
 from .recognise import qualified, roots
 from .registry import Family
 
@@ -62,7 +62,17 @@ def arguments(model: Any, family: Family | None, args: tuple, kwargs: dict, prun
         return args, kwargs
     if family.arguments is not None:
         args, kwargs = family.arguments(model, args, kwargs)
-    for name, dim in family.holds.items() if prune else ():
-        if isinstance(kwargs.get(name), torch.Tensor):
-            may_change(kwargs[name], dim)
+    if family.holds:
+        settle(family, kwargs, prune)
     return args, kwargs
+
+
+def settle(family: Family, given: dict, prune: bool) -> None:
+    """Make the sizes of what a model is given constants of its graphs; with ``prune``, and if there is any context, but for the
+    number of its frames."""
+    held = [given[name] for name in family.holds if name in given]
+    free = family.holds if prune and held and all(isinstance(x, torch.Tensor) for x in held) else {}
+    for name, x in given.items():
+        for tensor in x if isinstance(x, (list, tuple)) else [x]:
+            if isinstance(tensor, torch.Tensor):
+                settle_sizes(tensor, free.get(name))

@@ -40,8 +40,8 @@ class Family:
     arguments: called as ``arguments(module, args, kwargs)`` by ``li_compile.compile`` and ``explain`` before each call of a
         module of the first of these classes, outside of what is traced; gives the args and kwargs to call it with, such as
         lists of numbers as tensors.
-    holds: keyword argument of such a call -> dimension along which it holds context, whose size is made to be one that may
-        change where context is pruned.
+    holds: keyword argument of such a call -> dimension along which it holds context. Where context is pruned, and all of them are
+        given, that size is one that may change; all other sizes are constants of a graph.
     pipelines: qualified names of pipeline classes, subclasses included, by which ``li_compile.compile(pipeline)`` knows the family.
     attach: called as ``attach(pipeline, patch, rollout)`` by ``li_compile.compile`` with such a pipeline, to put compiled models and
         planned chunks where the pipeline runs its rollout; changes go through ``patch``. rollout: ``config``; ``session``, one

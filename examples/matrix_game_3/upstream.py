@@ -93,6 +93,50 @@ class Upstream:
         return given
 
 
+    def rollout(self, model: torch.nn.Module, size: str = "tiny") -> tuple[object, list[torch.Tensor]]:
+        """Upstream's interactive pipeline around a model, and the list in which the latents of each clip will be found.
+
+        Its text encoder and VAE are stand-ins: random numbers of the right shapes, and black pictures. ``play`` runs it.
+        """
+        module, latents, config = self.inference_interactive_pipeline, [], SIZES[size][1]
+        (rows, columns), random = SIZES[size][0], torch.Generator().manual_seed(1)
+        draw = lambda *shape: torch.randn(*shape, generator=random).to(self.device, self.dtype)
+        texts = lambda given, device=None: [draw(min(77, config.get("text_len", 512)), config.get("text_dim", 4096)) for _ in given]
+        pipeline = object.__new__(module.MatrixGame3Pipeline)
+        vars(pipeline).update(device=self.device, rank=0, sp_size=1, fa_version=None, use_async_vae=False, output_dir=".", vae_stride=(4, 16, 16),
+                              patch_size=(1, 2, 2), config=types.SimpleNamespace(sample_neg_prompt=""), text_encoder=texts, model=model)
+
+        def decode(given, cache, first_chunk=False, **_):
+            latents.append(given)
+            return torch.zeros(1, 3, 4 * given.shape[2] - (3 if first_chunk else 0), 2, 2), cache
+
+        pipeline.vae = types.SimpleNamespace(dtype=self.dtype, encode=lambda videos: [draw(48, 1, rows, columns)], stream_decode=decode)
+        return pipeline, latents
+
+    def play(self, pipeline, actions: list[tuple[tuple, tuple]], size: str = "tiny", steps: int = 3, seed: int = 0) -> None:
+        """Run ``generate`` for one (mouse, keyboard) action a clip; what it would write to files is left out."""
+        module, (rows, columns) = self.inference_interactive_pipeline, SIZES[size][0]
+        height, width = 16 * rows, 16 * columns
+        given = iter(actions)
+
+        def act():
+            mouse, keyboard = next(given)
+            return {"mouse": torch.tensor(mouse), "keyboard": torch.tensor(keyboard)}
+
+        arguments = types.SimpleNamespace(size=f"{height}*{width}", save_name="clip", num_iterations=len(actions), fa_version=None, compile_vae=False)
+        with unittest.mock.patch.object(module, "get_current_action", act), unittest.mock.patch.object(module, "process_video", lambda *a, **k: None), \
+                contextlib.suppress(SystemExit):  # it ends in exit()
+            pipeline.generate("a prompt", torch.zeros(height, width, 3, dtype=torch.uint8).numpy(), max_area=height * width, shift=5.0,
+                              num_inference_steps=steps, seed=seed, args=arguments)
+
+
+#: Actions of a rollout's clips: a turn to the left and back, a walk forward and back.
+def there_and_back(kind: str, clips: int = 8) -> list[tuple[tuple, tuple]]:
+    mouse = {"turn": (-0.1, 0.1), "walk": (0.0, 0.0)}[kind]
+    keys = {"turn": (None, None), "walk": (0, 1)}[kind]
+    return [((0.0, mouse[i >= clips // 2]), tuple(float(k == keys[i >= clips // 2]) for k in range(6))) for i in range(clips)]
+
+
 @contextlib.contextmanager
 def load(path, device="cuda", dtype: torch.dtype = torch.bfloat16, pipeline: bool = False):
     """Upstream's modules from the folder that holds ``wan``, as a context, in which they are of this device and dtype.

@@ -82,11 +82,30 @@ def stack(tensors, *args, **kwargs):
     return Sizes(list(tensors)) if all(isinstance(t, Sizes) for t in tensors) else torch.stack(tensors, *args, **kwargs)
 
 
-def linspace(start, end, steps, **kwargs):
-    """``torch.linspace``, which makes a constant of its number of steps; whole numbers can be counted without."""
-    if isinstance(end, (int, torch.SymInt)) and end - start == steps - 1:
-        return torch.arange(start, end + 1, **kwargs)
-    return torch.linspace(start, end, steps, **kwargs)
+def rotate(x, grid_sizes, freqs, t_indices=None):
+    """Rotary embedding of [B, L, heads, head_dim] at frames ``t_indices``, which are counted from 0 if None; rows and columns are.
+
+    freqs: cosines and sines [2, heads or 1, positions, head_dim / 2], those of frames, rows and columns side by side.
+    """
+    frames, rows, columns = grid_sizes.tolist()[0]
+    if x.shape[1] != frames * rows * columns:
+        raise NotImplementedError(f"{x.shape[1]} tokens for {frames} frames of {rows} x {columns}; li_compile prepares batches of one length only")
+    third = x.shape[3] // 2 // 3
+    over_frames, over_rows, over_columns = freqs.split([x.shape[3] // 2 - 2 * third, third, third], dim=3)
+    over_frames = over_frames[:, :, :frames] if t_indices is None else over_frames[:, :, torch.as_tensor(t_indices, device=x.device)]
+    places = (over_frames[:, :, :, None, None], over_rows[:, :, None, :rows, None], over_columns[:, :, None, None, :columns])
+    table = torch.cat([p.expand(-1, -1, frames, rows, columns, -1) for p in places], dim=5).flatten(2, 4).transpose(1, 2)
+    cos, sin = table[0], table[1]
+    even, odd = x.float().unflatten(3, (-1, 2)).unbind(4)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], 4).flatten(3)
+
+
+def action_positions(self, video_length, height, width, head_dim, rope_dim_list=None):
+    """Cosines and sines [frames, head_dim] of the action modules, which turn by frames only: their rows and columns are one."""
+    turned, device = (rope_dim_list or [head_dim // 3])[0], self.t_qkv.weight.device
+    rates = 1.0 / self.rope_theta ** (torch.arange(0, turned, 2, device=device).float() / turned)
+    angles = torch.outer(torch.arange(video_length, device=device).float(), rates).repeat_interleave(2, dim=1)
+    return F.pad(angles.cos(), (0, head_dim - turned), value=1.0), F.pad(angles.sin(), (0, head_dim - turned))
 
 
 def attention(q, k, v, q_lens=None, k_lens=None, dropout_p=0.0, softmax_scale=None, q_scale=None, causal=False, window_size=(-1, -1),
@@ -111,15 +130,32 @@ def attention(q, k, v, q_lens=None, k_lens=None, dropout_p=0.0, softmax_scale=No
 
 
 def prepare(model, patch) -> None:
-    upstream, actions, positions = (sys.modules[f"{PACKAGE}.{name}"] for name in ("model", "action_module", "posemb_layers"))
+    if not model.freqs.is_complex():
+        return  # it is prepared already
+    upstream, actions = (sys.modules[f"{PACKAGE}.{name}"] for name in ("model", "action_module"))
     patch(upstream, "torch", with_own(upstream.torch, tensor=tensor, stack=stack))
     patch(upstream, "flash_attention", attention)
-    patch(positions, "torch", with_own(positions.torch, linspace=linspace))
+    patch(upstream, "rope_apply_with_indices", rotate)
+    patch(actions.ActionModule, "get_rotary_pos_embed", action_positions)
     if actions.flash_attn_ops is not None:
         patch(actions, "flash_attn_ops", None)  # then it calls PyTorch's attention
-    patch(model, "freqs", model.freqs.to(model.patch_embedding.weight.device))
+    table = model.freqs if model.freqs.dim() == 3 else model.freqs[None]
+    patch(model, "freqs", torch.view_as_real(table.to(model.patch_embedding.weight.device, torch.complex64)).movedim(3, 0).contiguous())
+    for block in model.blocks:
+        patch(block, "forward", types.MethodType(as_region(type(block).forward), block))
     patch(model, "forward", types.MethodType(unpadded(type(model).forward, model.patch_size), model))
     patch(dynamo_config(), "suppress_errors", False)  # importing upstream's VAE sets it, which hides a backend that fails
+
+
+@functools.cache
+def as_region(forward):
+    """A block's forward, as a region that is compiled once for all blocks of a kind."""
+    run = torch.compiler.nested_compile_region(lambda block, x, given: forward(block, x, **given))
+
+    def region_forward(self, x, **given):
+        return run(self, x, given)
+
+    return region_forward
 
 
 def with_own(module, **functions):
@@ -134,17 +170,32 @@ def unpadded(forward, patch_size):
 
     @functools.wraps(forward)
     def unpadded_forward(self, x, t, context, seq_len, y=None, mouse_cond=None, keyboard_cond=None, x_memory=None, *args, **kwargs):
-        frames = x.shape[2] + (0 if x_memory is None else x_memory.shape[2])
-        tokens = product([n // p for n, p in zip((frames, *x.shape[3:]), patch_size)])
-        return forward(self, x, t, context, tokens, y, mouse_cond, keyboard_cond, x_memory, *args, **kwargs)
+        memory = 0 if x_memory is None else x_memory.shape[2]
+        rows, columns = (n // p for n, p in zip(x.shape[3:], patch_size[1:]))
+        if x_memory is not None:
+            check_memory(kwargs, memory, x.shape[2], rows * columns)
+        frames = (memory + x.shape[2]) // patch_size[0]
+        return forward(self, x, t, context, frames * rows * columns, y, mouse_cond, keyboard_cond, x_memory, *args, **kwargs)
 
     return unpadded_forward
+
+
+def check_memory(given, memory, window, tokens) -> None:
+    """Say at once where inputs hold different numbers of memory latents; where these are symbols, they are one from here on."""
+    for name, size in (("timestep_memory", memory * tokens), ("plucker_emb", memory + window), ("mouse_cond_memory", memory),
+                       ("keyboard_cond_memory", memory), ("memory_latent_idx", memory)):
+        held = given.get(name)
+        if isinstance(held, torch.Tensor) and held.shape[MEMORY[name]] != size:
+            raise ValueError(f"{name} is of shape {tuple(held.shape)}, for {memory} memory latents")
 
 
 def arguments(model, args, kwargs):
     """Latent indices as tensors, which are no constants of a graph: they change from clip to clip."""
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     given, device = dict(given), given["x"].device
+    for name in ("mouse_cond", "keyboard_cond"):  # windows of all actions so far, which have other strides in every clip
+        if given.get(name) is not None:
+            given[name] = given[name].clone(memory_format=torch.contiguous_format)
     window, memory = given.get("predict_latent_idx"), given.get("memory_latent_idx")
     if window is None:
         window = range(given["x"].shape[2])
@@ -157,6 +208,12 @@ def arguments(model, args, kwargs):
     return (), given
 
 
+def attach(pipeline, patch, rollout) -> None:
+    from . import matrix_game_3_rollout
+
+    matrix_game_3_rollout.attach(pipeline, patch, rollout)
+
+
 FAMILY = register_family(Family(
     name="matrix_game_3",
     description="Matrix-Game-3.0 (Wan2.2-TI2V-5B with memory): sizes as numbers, attention made visible, no padding",
@@ -164,6 +221,8 @@ FAMILY = register_family(Family(
     requires=(f"{PACKAGE}.action_module.ActionModule",),  # other models that are based on Wan have a class of that name
     prepare=prepare,
     arguments=arguments,
+    pipelines=("pipeline.inference_interactive_pipeline.MatrixGame3Pipeline",),
+    attach=attach,
     holds=MEMORY,
     roles={"positions": "memory_latent_idx"},
     positions="keep",
