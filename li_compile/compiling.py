@@ -39,7 +39,7 @@ class Compiled:
         self.original, self.config = original, config
         family = family_of(config)
         self.preparation = prepare(original, family)
-        self._arguments = arguments_of(original, family)
+        self._arguments = arguments_of(original, family, config.context.enabled)
         # The function and not its name: looking that up would prepare what nobody could undo.
         self._run = torch.compile(original, backend=light_interaction, options=config.to_options())
         # A graph that serves all lengths of context cannot look at sparse.min_context: shorter ones have one of their own.

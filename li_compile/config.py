@@ -166,7 +166,8 @@ class ContextConfig(_Section):
     teleport: distance between consecutive cameras, in radii, from which the new place has nothing to do with the newest
         latents: none is then kept for being new, and hysteresis and dynamics start afresh. Not in "authors" and "slots".
     slot_references: current poses, counted from the end, that a memory slot is filled for; the last one's slot holds
-        slot_sink, a frame of the history ("slots").
+        slot_sink, a frame of the history ("slots"). slot_repeats: "keep" slots that hold the same latent, as released, or "drop"
+        all but one: the model then reads it once, with the camera rays of that slot alone ("slots").
     """
 
     section: ClassVar[str] = "context"
@@ -192,6 +193,7 @@ class ContextConfig(_Section):
     teleport: float = option(0.5, real(0, above=True))
     slot_references: tuple[int, ...] = option((1, 9, 17, 25, 33), listed(integer(1)))
     slot_sink: int = option(4, integer(0))
+    slot_repeats: str = option("keep", one_of("keep", "drop"))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -43,9 +43,10 @@ def explain(fn: Callable[..., Any], *args: Any, config: Config | None = None, **
     piece is reported on its own.
     """
     config = with_family(Config() if config is None else config, fn)
-    prepared = prepare(fn, family_of(config))
+    family = family_of(config)
+    prepared = prepare(fn, family)
     try:
-        given = arguments_of(fn, family_of(config))
+        given = arguments_of(fn, family, config.context.enabled)
         if given is not None:
             args, kwargs, *_ = given(args, kwargs) or (args, kwargs)
         report = _explain(fn, args, kwargs, config)

@@ -74,7 +74,7 @@ def _lift_all(graph: Graph, record: Record, uses: int) -> None:
 
 def read_repeat(node: Node) -> Repeat | None:
     """A repetition of rows under any of its spellings, or None: repeat_interleave, a reshape of an expansion, a
-    concatenation of expansions of one row each."""
+    concatenation of expansions of one row each or of repetitions."""
     if node.op not in ("call_function", "call_method") or not node.args:
         return None
     name = name_of(node)
@@ -86,8 +86,20 @@ def read_repeat(node: Node) -> Repeat | None:
     if name in ("reshape", "view", "flatten"):
         return _expanded(node)
     if cat_operands(node) is not None:
-        return _runs(node)
+        return _runs(node) or _joined(node)
     return None
+
+
+def _joined(node: Node) -> Repeat | None:
+    """cat([a.repeat_interleave(n, d), b.repeat_interleave(n, d)], d): the rows of both, each as often."""
+    operands, dim = cat_operands(node)
+    read = [read_repeat(x) if isinstance(x, Node) and name_of(x) == "repeat_interleave" else None for x in operands]
+    if len(read) < 2 or any(r is None or r.dim != dim or r.times != read[0].times for r in read):
+        return None
+    with node.graph.inserting_before(node):
+        source = node.graph.call_function(torch.cat, ([r.source for r in read], dim))
+    source.meta["example_value"] = torch.cat([value(r.source) for r in read], dim)
+    return Repeat(source, dim, read[0].times)
 
 
 def _sized(node) -> bool:

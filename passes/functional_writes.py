@@ -7,8 +7,9 @@ Before::                                  After::
     z[..., :3, 3] = b                     ...
     use(z)                                use(z2)
 
-Matrices are often built this way, one per layer; as values they can be merged and moved. Only tensors that the graph itself
-has made, written with integers and slices, and not looked at through a view that outlives a write.
+Matrices are often built this way, one per layer, and rotary embeddings put back in place; as values they can be merged and moved. Only
+tensors that the graph itself has made, or views of products and sums that nothing else reads, written with integers and slices, and not
+looked at through a view that outlives a write.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from li_compile.patterns.effects import ALIASES, effects, writers
-from li_compile.patterns.graph import REGION, Miss, name_of, shape, source_line, subgraphs, value
+from li_compile.patterns.graph import LINEAR, REGION, Miss, calls, name_of, shape, source_line, subgraphs, value
 
 from .record import Record
 
 FRESH = {"zeros", "ones", "empty", "full", "zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_full", "clone"}  # fmt: skip
 SCATTER = {"select_scatter", "slice_scatter"}
+SUMS = {"mul", "add", "sub", "truediv", "div"}
+MOVES = {"view", "reshape", "flatten", "unflatten", "transpose", "permute", "contiguous", "to", "type", "type_as", "float", "half", "bfloat16"}
 
 
 def functional_writes(module: GraphModule) -> Record:
@@ -48,8 +51,8 @@ def _refusal(node: Node) -> str | None:
     made = base
     while made.op in ("call_function", "call_method") and name_of(made) in SCATTER:
         made = made.args[0]
-    if made.op not in ("call_function", "call_method") or name_of(made) not in FRESH:
-        return "it writes into what the graph was given"
+    if made.op not in ("call_function", "call_method") or name_of(made) not in FRESH and not _computed(made):
+        return "it writes into what the graph was given, or into what more than this reads"
     if node.users or not isinstance(shape(base), tuple):
         return "sizes of what it writes into are not known"
     places = _places(index, len(shape(base)))
@@ -66,6 +69,13 @@ def _refusal(node: Node) -> str | None:
     if any(_last_use(u, order) > order[node] for u in base.users if _views(u, base) and order[u] < order[node]):
         return "a view that was taken before the write is read after it"
     return None
+
+
+def _computed(node: Node) -> bool:
+    """Whether a node is what a sum, a product or a layer gave, moved at most, and nothing else has a view of that."""
+    while name_of(node) in MOVES and isinstance(node.args[0], Node) and len(node.args[0].users) == 1:
+        node = node.args[0]
+    return node.op.startswith("call") and (name_of(node) in SUMS or calls(node, LINEAR))
 
 
 def _views(node: Node, base: Node) -> bool:

@@ -7,6 +7,7 @@ Before::                                            After::
     a = cat([x]); b = x.repeat_interleave(1, dim=1)     a, b, c, d, e -> x
     (c,) = x.split([8]); d = x.to(x.dtype); e = x.expand(x.shape)
     sdpa(q, k, v, attn_mask=ones(L, S, dtype=bool))     sdpa(q, k, v)
+    einsum("abc->cab", x); stack([x])                   x.permute(2, 0, 1); x.unsqueeze(0)
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ def normalize(module: GraphModule) -> Record:
                 graph_module.graph.erase_node(node)
                 record.count += 1
         for node in list(graph_module.graph.nodes):
+            if (move := _moved_only(node)) is not None:
+                _respell(graph_module.graph, node, *move)
+                record.count += 1
+        for node in list(graph_module.graph.nodes):
             if (found := _attention(node)) is not None:
                 _fuse(graph_module.graph, node, *found)
                 record.count += 1
@@ -57,6 +62,29 @@ def normalize(module: GraphModule) -> Record:
                 node.kwargs = {name: a for name, a in node.kwargs.items() if a is not mask}
                 record.count += 1
     return record
+
+
+def _moved_only(node: Node) -> tuple[str, Node, tuple[int, ...]] | None:
+    """(method, tensor, arguments) of an einsum that only orders dimensions anew, and of a stack of one tensor."""
+    if node.op != "call_function" or not isinstance(value(node), torch.Tensor):
+        return None
+    if name_of(node) == "stack" and isinstance(node.args[0], (list, tuple)) and len(node.args[0]) == 1:
+        return "unsqueeze", node.args[0][0], (argument(node, 1, "dim", default=0),)
+    if name_of(node) != "einsum" or len(node.args) != 2 or not isinstance(node.args[0], str):
+        return None
+    tensor = node.args[1][0] if isinstance(node.args[1], (list, tuple)) and len(node.args[1]) == 1 else node.args[1]
+    left, arrow, right = node.args[0].replace(" ", "").partition("->")
+    if not arrow or not isinstance(tensor, Node) or not left.isalpha() or len(set(left)) < len(left) or sorted(left) != sorted(right):
+        return None
+    return "permute", tensor, tuple(left.index(a) for a in right)
+
+
+def _respell(graph: torch.fx.Graph, node: Node, method: str, tensor: Node, arguments: tuple[int, ...]) -> None:
+    with graph.inserting_before(node):
+        new = graph.call_method(method, (tensor, *arguments))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
 
 
 def _positional(node: Node) -> None:

@@ -19,7 +19,7 @@ from torch.fx.node import map_aggregate
 from li_compile.patterns._compat import free_symbols
 from li_compile.patterns.effects import effect, modes, outside_writes, switches_mode, target
 from li_compile.patterns.graph import REGION, placeholders, value
-from li_compile.patterns.loop_body import Body
+from li_compile.patterns.loop_body import Body, leaves
 
 
 def outline(module: GraphModule, body: Body, name: str, before: Node | None = None) -> list[Node]:
@@ -67,23 +67,27 @@ def outline(module: GraphModule, body: Body, name: str, before: Node | None = No
 
 def _region(module: GraphModule, body: Body, sizes: list[Node]) -> GraphModule:
     """The body's graph: shared operands, varying ones, sizes, numbers -> outputs; modes as they were around each node."""
+    # By what all calls read there: a first state may also be read as it is by all, say for its size.
     graph, made, opened = Graph(), {}, []
-    for node in (*body.shared, *(n[0] for n in body.varying), *sizes):
+    for nodes in (*((n,) for n in body.shared), *body.varying, *((n,) for n in sizes)):
+        node = nodes[0]
         if node.op == "get_attr":
-            made[node] = graph.get_attr(node.target)
-            made[node].meta = dict(node.meta)
+            made[nodes] = graph.get_attr(node.target)
+            made[nodes].meta = dict(node.meta)
             continue
-        made[node] = graph.placeholder(node.name)
-        made[node].meta, made[node].type = dict(node.meta), node.type
+        again = len(nodes) > 1 and node in body.shared
+        made[nodes] = graph.placeholder(f"{node.name}_varying" if again else node.name)
+        made[nodes].meta, made[nodes].type = dict(node.meta), node.type
     numbers = {(n.node, n.leaf): graph.placeholder(f"number_{k}") for k, n in enumerate(body.numbers)}
     around = modes(module.graph)
     for k, nodes in enumerate(body.nodes):
         opened = _switch(graph, opened, around[nodes[0]])
-        made[nodes[0]] = graph.node_copy(nodes[0], made.__getitem__)
+        operands = zip(*([x for x in leaves(n) if isinstance(x, Node)] for n in nodes))
+        made[nodes] = copied = graph.node_copy(nodes[0], lambda n: (lambda read: made.get(read) or made[n,])(next(operands)))
         if any(n == k for n, _ in numbers):
-            made[nodes[0]].args, made[nodes[0]].kwargs = _with_numbers(made[nodes[0]], {i: p for (n, i), p in numbers.items() if n == k})
+            copied.args, copied.kwargs = _with_numbers(copied, {i: p for (n, i), p in numbers.items() if n == k})
     _switch(graph, opened, ())
-    graph.output(tuple(made[out[0]] for out in body.outputs))
+    graph.output(tuple(made[out] for out in body.outputs))
     return GraphModule(module, graph)
 
 

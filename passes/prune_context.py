@@ -18,12 +18,16 @@ where the family compacts them.
 
 from __future__ import annotations
 
-from torch.fx import GraphModule, Node
+import operator
+
+from torch.fx import Graph, GraphModule, Node
 
 from li_compile.patterns import ContextConcat
 from li_compile.patterns.graph import placeholders, region_calls, subgraphs
 
 from .record import Record
+
+ARITHMETIC = {operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg}
 
 
 def prune_context(module: GraphModule, context: ContextConcat, kept: int) -> Record:
@@ -31,10 +35,20 @@ def prune_context(module: GraphModule, context: ContextConcat, kept: int) -> Rec
     for node in placeholders(module.graph):
         if node.name in context.sizes:
             node.replace_all_uses_with(context.sizes[node.name].size(kept))
+    _fold_arithmetic(module.graph)
     for region, sub in subgraphs(module).items():
         _fold_sizes(region_calls(module, region), sub)
+        _fold_arithmetic(sub.graph)
     return Record("prune_context", context.sites,
                   [f"{kept} context frames, selected at {len(context.inputs)} inputs: {', '.join(context.inputs)}"])
+
+
+def _fold_arithmetic(graph: Graph) -> None:
+    """Sizes that follow from constants alone become constants too."""
+    for node in list(graph.nodes):
+        if node.op == "call_function" and node.target in ARITHMETIC and not node.kwargs and all(type(a) is int for a in node.args):
+            node.replace_all_uses_with(node.target(*node.args))
+            graph.erase_node(node)
 
 
 def _fold_sizes(calls: list[Node], sub: GraphModule) -> None:

@@ -112,6 +112,19 @@ def _unsqueeze(node, x, dim):
 
 
 @_only_first
+def _squeeze(node, x, dim):
+    at = argument(node, 1, "dim")
+    if not isinstance(at, int) or at % len(shape(x)) == dim:
+        return None
+    return dim - (at % len(shape(x)) < dim) if same(shape(x)[at], 1) else dim
+
+
+@_only_first
+def _outer(node, x, dim):
+    return 0
+
+
+@_only_first
 def _transpose(node, x, dim):
     a, b = (argument(node, i, f"dim{i - 1}") % len(shape(x)) for i in (1, 2))
     return {a: b, b: a}.get(dim, dim)
@@ -241,7 +254,7 @@ _RULES = {
     **dict.fromkeys(NORMS, _norm), **dict.fromkeys(REDUCED, _reduce), **dict.fromkeys(("chunk", "split", "tensor_split"), _parts),
     **dict.fromkeys(("reshape", "view", "flatten", "unflatten"), _reshape), **dict.fromkeys(("transpose", "swapaxes"), _transpose),
     **dict.fromkeys(("cat", "concat", "stack"), _cat), **dict.fromkeys(("select_scatter", "slice_scatter"), _scatter),
-    "unbind": _unbind, "unsqueeze": _unsqueeze, "permute": _permute, "select": _select, "narrow": _narrow, "expand": _expand,
+    "unbind": _unbind, "unsqueeze": _unsqueeze, "squeeze": _squeeze, "outer": _outer, "permute": _permute, "select": _select, "narrow": _narrow, "expand": _expand,
     "getitem": _getitem, "einsum": _einsum, "repeat_interleave": _repeat_once,
 }  # fmt: skip
 

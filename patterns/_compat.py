@@ -48,3 +48,15 @@ def expression(size):
 def undisabled(function):
     """What ``torch.compiler.disable`` was put around (2.11 to 2.14: ``_torchdynamo_orig_callable``), or None."""
     return getattr(function, "_torchdynamo_orig_callable", None)
+
+
+def dynamo_config():
+    """Dynamo's options (2.11 to 2.14: ``torch._dynamo.config``)."""
+    return torch._dynamo.config
+
+
+def settle_sizes(tensor: torch.Tensor, free: int | None) -> None:
+    """Make the sizes of a tensor constants of the graphs that are traced next, whatever they were in earlier calls, but for one
+    that may be a symbol (2.11 to 2.14: ``torch._dynamo.mark_static`` and ``maybe_mark_dynamic``, exported nowhere else)."""
+    for dim in range(tensor.dim()):
+        (torch._dynamo.maybe_mark_dynamic if dim == free else torch._dynamo.mark_static)(tensor, dim)

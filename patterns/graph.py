@@ -7,6 +7,7 @@ A canonical graph is a Dynamo graph (or the ATen graph of ``torch.export``) whos
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Iterator
 
@@ -28,6 +29,7 @@ MATMUL = {torch.matmul, torch.bmm, aten.matmul.default, aten.bmm.default, "matmu
 REGION = torch.ops.higher_order.invoke_subgraph
 
 # Unary operators that move or retype values without mixing them: what may stand between two things that belong together.
+FAMILIES = str(pathlib.Path(__file__).parent / "families")
 SHAPE_ONLY = {
     "view", "reshape", "flatten", "unflatten", "transpose", "permute", "contiguous", "unsqueeze", "squeeze", "clone",
     "movedim", "swapaxes", "expand", "to", "float", "half", "bfloat16", "type", "type_as", "chunk", "split", "unbind",
@@ -144,7 +146,7 @@ def region_operand(call: Node, sub: GraphModule, inner: Node) -> Node:
 
 
 def source_line(node: Node) -> str:
-    """The user's source line of a node as ``file:line``, or an empty string."""
+    """The user's source line of a node as ``file:line``, or an empty string; not one of what a family put in its place."""
     trace = node.meta.get("stack_trace") or node.stack_trace or ""
-    found = re.findall(r'File "([^"]+)", line (\d+)', trace)
+    found = [f for f in re.findall(r'File "([^"]+)", line (\d+)', trace) if not f[0].startswith(FAMILIES)]
     return f"{found[-1][0]}:{found[-1][1]}" if found else ""

@@ -19,7 +19,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .effects import ALIASES, RANDOM, VALUE_FREE, WRITES, effects, outside_writes, target
-from .graph import REGION, SHAPE_ONLY, Miss, ancestors, descendants, hint, name_of, shape, source_line
+from .graph import REGION, SHAPE_ONLY, Miss, ancestors, descendants, hint, name_of, shape, source_line, value
 from .loop_body import Body, find_body, same_graph
 from .loop_calls import find_runs
 from .loop_update import Updates, read_updates
@@ -173,11 +173,16 @@ def _outputs(anchors: list[Node], order: dict[Node, int], end: int) -> list[Node
     while grown:
         grown = False
         for node in sorted(behind - inside, key=order.get):
-            if order[node] < end and name_of(node) in SHAPE_ONLY and len(node.all_input_nodes) == 1 \
-                    and node.all_input_nodes[0] in inside:
+            if order[node] < end and name_of(node) in SHAPE_ONLY and _sources(node) == 1 \
+                    and any(x in inside for x in node.all_input_nodes):
                 inside.add(node)
                 grown = True
     return sorted((n for n in inside if any(u not in inside for u in n.users)), key=order.get)
+
+
+def _sources(node: Node) -> int:
+    """How many values a node reads; sizes do not count."""
+    return sum(not isinstance(value(x), (int, torch.SymInt)) for x in node.all_input_nodes)
 
 
 def _value_numbers(nodes: list[Node]) -> dict[Node, int]:

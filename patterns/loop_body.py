@@ -124,7 +124,7 @@ class _Walk:
         todo = list(reversed([*self.roots, *self.kept]))
         while todo:
             nodes = todo.pop()
-            if nodes in self.body or nodes in self.varying or nodes[0] in self.shared:
+            if nodes in self.body or nodes in self.varying:
                 continue
             if len(set(nodes)) == 1 or _same_attribute(nodes):
                 self.shared[nodes[0]] = None
@@ -175,7 +175,7 @@ def _compare(nodes: Nodes, kept: bool) -> tuple[str | None, list[tuple[int, tupl
             return f"the calls differ in the shape or dtype of {name_of(first)}", []
     numbers = []
     for i, values in enumerate(zip(*map(leaves, nodes))):
-        if not isinstance(values[0], Node) and any(repr(v) != repr(values[0]) for v in values):
+        if not isinstance(values[0], Node) and any(repr(v) != repr(values[0]) and not _identifier(first, v, values[0]) for v in values):
             if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
                 return f"the calls differ in an argument of {name_of(first)} ({values[0]}, {values[1]})", []
             numbers.append((i, values))

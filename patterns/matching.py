@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 from .attention import AttentionSite, find_attention
 from .context import ContextConcat, find_context
 from .context_cache import cache_reads
-from .graph import SDPA, Miss, calls, hint, placeholders, shape, source_line
+from .graph import SDPA, Miss, calls, hint, placeholders, shape, source_line, subgraphs
 from .loop import DenoisingLoop, find_loop
 from .recognise import group_of
 from .registry import Family, patterns
@@ -23,10 +23,15 @@ def match_attention(module: GraphModule, family: Family | None, grid: tuple[int,
                                   "block-sparse attention does not apply") if m.node in cached else m for m in misses]
     if family is None or not family.groups:
         return sites, misses
-    left = {id(s): g for s in sites if (g := group_of(s.node, family)) in family.opt_out}
-    return [s for s in sites if id(s) not in left], misses + [
-        Miss("attention", s.node.name, f"it is of the group {left[id(s)]!r}, which family {family.name!r} leaves alone", source_line(s.node))
-        for s in sites if id(s) in left]
+    nodes = {(source_line(n), n.name): n for m in (module, *subgraphs(module).values()) for n in m.graph.nodes if calls(n, SDPA)}
+    say = lambda node, group: Miss("attention", node.name, f"it is of the group {group!r}, which family {family.name!r} leaves alone", source_line(node))
+    kept = [s for s in sites if group_of(s.node, family) not in family.opt_out]
+    told = [say(s.node, group_of(s.node, family)) for s in sites if s not in kept]
+    for i, m in enumerate(misses):  # what no matcher would have taken either is left alone because the family says so
+        node = nodes.get((m.where, m.node))
+        group = group_of(node, family) if node is not None else None
+        misses[i] = say(node, group) if group in family.opt_out else m
+    return kept, misses + told
 
 
 def match_context(module: GraphModule, sites: list[AttentionSite], family: Family | None

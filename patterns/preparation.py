@@ -7,6 +7,9 @@ import gc
 import sys
 from typing import Any
 
+import torch
+
+from ._compat import settle_sizes
 from .recognise import qualified, roots
 from .registry import Family, families
 
@@ -44,7 +47,8 @@ class Preparation:
         change = _LIVE.get((id(owner), name))
         if change is None:
             own = vars(owner) if hasattr(owner, "__dict__") else {}
-            change = _LIVE[id(owner), name] = _Change(owner, name, own.get(name, _MISSING))
+            inherited = name not in own and hasattr(type(owner), name)
+            change = _LIVE[id(owner), name] = _Change(owner, name, _MISSING if inherited else getattr(owner, name))
             setattr(owner, name, new)
         if change not in self._mine:
             change.holders += 1
@@ -93,14 +97,20 @@ def prepare_loaded() -> Preparation:
     """Run the hooks of all families on the models of theirs that exist in this process."""
     done = Preparation()
     for family in families().values():
-        if family.prepare is None or not family.modules:
+        if family.prepare is None or not family.modules or not all(map(_loaded, family.requires)):
             continue
-        module, _, name = family.modules[0].rpartition(".")
-        cls = getattr(sys.modules.get(module), name, None)
-        for model in gc.get_objects() if isinstance(cls, type) else ():
+        cls = _loaded(family.modules[0])
+        for model in gc.get_objects() if cls is not None else ():
             if type(model) is cls:
                 done.run(family, model)
     return done
+
+
+def _loaded(name: str) -> type | None:
+    """The class of a qualified name, if its module was imported."""
+    module, _, name = name.rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return found if isinstance(found, type) else None
 
 
 def in_force() -> list[str]:
@@ -113,8 +123,27 @@ def is_prepared(family: Family | None) -> bool:
     return family is None or family.prepare is None or _PREPARED.get(family.name, 0) > 0
 
 
-def arguments_of(model: Any, family: Family | None):
-    """What a family does with the arguments of this model's calls, as ``(args, kwargs) -> (args, kwargs, frames) or None``; None: nothing."""
-    if family is None or family.arguments is None or qualified(type(model)) not in family.modules[:1]:
+def arguments_of(model: Any, family: Family | None, prune: bool):
+    """What a family makes of the arguments of this model's calls, as ``(args, kwargs) -> (args, kwargs, frames)``, or to None where
+    the module is to run as it is; None: it leaves them alone. prune: the sizes of what holds context may change."""
+    if family is None or family.arguments is None and not family.holds or qualified(type(model)) not in family.modules[:1]:
         return None
-    return lambda args, kwargs: family.arguments(model, args, kwargs)
+
+    def given(args: tuple, kwargs: dict):
+        made = (args, kwargs, None) if family.arguments is None else family.arguments(model, args, kwargs)
+        if made is not None and family.holds:
+            settle(family, made[1], prune)
+        return made
+
+    return given
+
+
+def settle(family: Family, given: dict, prune: bool) -> None:
+    """Make the sizes of what a model is given constants of its graphs; with ``prune``, and if there is any context, but for the
+    number of its frames."""
+    held = [given[name] for name in family.holds if name in given]
+    free = family.holds if prune and held and all(isinstance(x, torch.Tensor) for x in held) else {}
+    for name, x in given.items():
+        for tensor in x if isinstance(x, (list, tuple)) else [x]:
+            if isinstance(tensor, torch.Tensor):
+                settle_sizes(tensor, free.get(name))

@@ -18,9 +18,9 @@ def qualified(cls) -> str:
 
 
 def recognised(classes: Iterable[str]) -> list[Family]:
-    """The families one of whose modules is among these classes."""
+    """The families one of whose modules is among these classes, and all that they require."""
     classes = set(classes)
-    return [f for f in families().values() if classes.intersection(f.modules)]
+    return [f for f in families().values() if classes.intersection(f.modules) and classes.issuperset(f.requires)]
 
 
 FRAME = "li_frame"  # in a graph's meta: the classes of the modules that the traced function was handed, which no node names

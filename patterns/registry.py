@@ -33,6 +33,7 @@ class Family:
 
     modules: qualified names of module classes ("package.module.Class") by which the family is recognised where none is
         given: in a graph by the submodules that it was traced through, in ``li_compile.compile`` by the model's modules.
+    requires: classes that must be there too, for a name that several models share.
     prepare: called as ``prepare(module, patch)`` by ``li_compile.compile`` and ``explain`` before tracing, on each module of
         the first of these classes, to hide what would break the graph; every change goes through ``patch(owner, attribute, new)``, so
         that it can be listed and undone.
@@ -40,6 +41,8 @@ class Family:
         ``li_compile.compile`` was given, outside of the graph: it returns (args, kwargs, frames) with what to call the compiled
         module with, so that what changes from call to call reaches the graph as tensors, and the number of latents of context that
         the call reads or encodes (None: unknown); or None where the module is to run as it is.
+    holds: keyword argument of such a call -> dimension along which it holds context. Where context is pruned, and all of them are
+        given, that size is one that may change; all other sizes are constants of a graph.
     pipelines: qualified names of pipeline classes, subclasses included, by which ``li_compile.compile(pipeline)`` knows the family.
     attach: called as ``attach(pipeline, patch, rollout)`` by ``li_compile.compile`` with such a pipeline, to put compiled models and
         planned chunks where the pipeline runs its rollout; changes go through ``patch``. rollout: ``config``; ``session``, one
@@ -63,8 +66,10 @@ class Family:
     grid: tuple[int, int] | None = None
     positions: str | None = None
     modules: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
     prepare: Callable | None = None
     arguments: Callable | None = None
+    holds: Mapping[str, int] = dataclasses.field(default_factory=dict)
     pipelines: tuple[str, ...] = ()
     attach: Callable | None = None
     groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -76,7 +81,7 @@ class Family:
     def __post_init__(self) -> None:
         if self.positions not in (None, "keep", "compact"):
             raise ValueError(f"positions of family {self.name!r} is {self.positions!r}; it must be 'keep', 'compact' or None")
-        for field in ("modules", "pipelines", "attention", "opt_out"):
+        for field in ("modules", "requires", "pipelines", "attention", "opt_out"):
             if isinstance(getattr(self, field), str):
                 raise ValueError(f"{field} of family {self.name!r} is a string; it must be a tuple of strings")
         if self.pipelines and self.attach is None:

@@ -136,27 +136,41 @@ def unipc(velocity: Velocity, sigmas: Sequence[float], skip: Sequence[int] = (),
 
     pinned: leading rows of the state that are put back to what they were after each step (Matrix-Game's past frames).
     """
-    lam = lambda s: math.inf if s == 0 else math.log((1 - s) / s) if s < 1 else -math.inf
-
     def sample(x, condition):
-        held, start = skipping(velocity, skip), x
-        clean, before, orders = [], None, []
-        for i, (sigma, following) in enumerate(zip(sigmas, sigmas[1:])):
-            m = x - sigma * held(x, sigma, condition, i)
-            if i:
-                x = _correct(before, clean, m, sigmas, i, orders[-1], lam)
-            clean, before = [*clean, m], x
-            orders.append(min(2, i + 1, len(sigmas) - 1 - i))
-            h = lam(following) - lam(sigma)
-            x = following / sigma * x - (1 - following) * math.expm1(-h) * m
-            if orders[-1] == 2:
-                r = (lam(sigmas[i - 1]) - lam(sigma)) / h
-                x = x - (1 - following) * math.expm1(-h) * 0.5 * (clean[-2] - m) / r
+        held, start, scheduler = skipping(velocity, skip), x, UniPC(sigmas)
+        for i, sigma in enumerate(sigmas[:-1]):
+            x = scheduler.step(held(x, sigma, condition, i), x)
             if pinned:
                 x = torch.cat([start[:pinned], x[pinned:]])
         return x
 
     return sample
+
+
+def lam(sigma: float) -> float:
+    return math.inf if sigma == 0 else math.log((1 - sigma) / sigma) if sigma < 1 else -math.inf
+
+
+class UniPC:
+    """The same, step by step."""
+
+    def __init__(self, sigmas: Sequence[float]):
+        self.sigmas, self.clean, self.before, self.orders = sigmas, [], None, []
+
+    def step(self, velocity: Tensor, x: Tensor) -> Tensor:
+        sigmas, i = self.sigmas, len(self.clean)
+        sigma, following = sigmas[i], sigmas[i + 1]
+        m = x - sigma * velocity
+        if i:
+            x = _correct(self.before, self.clean, m, sigmas, i, self.orders[-1], lam)
+        self.clean, self.before = [*self.clean, m], x
+        self.orders.append(min(2, i + 1, len(sigmas) - 1 - i))
+        h = lam(following) - lam(sigma)
+        x = following / sigma * x - (1 - following) * math.expm1(-h) * m
+        if self.orders[-1] == 2:
+            r = (lam(sigmas[i - 1]) - lam(sigma)) / h
+            x = x - (1 - following) * math.expm1(-h) * 0.5 * (self.clean[-2] - m) / r
+        return x
 
 
 def _correct(x, clean, m, sigmas, i, order, lam):

@@ -218,6 +218,47 @@ def test_writes(how, count, reason, dtype):
     assert done.count == count and reason in done.reasons and done.error() == 0
 
 
+def timed(how, x):
+    """A layer of the time of each of 14 frames of 6 tokens; memory of 5 frames in front of them."""
+    frames = torch.cat([x.new_zeros(4), x.new_full((10,), 9.0)])
+    t = frames[None].repeat_interleave(6, dim=1)
+    if how in ("joined", "joined unlike"):
+        t = torch.cat([x.new_zeros(1, 5 if how == "joined" else 6).repeat_interleave(6 if how == "joined" else 5, dim=1), t], 1)
+    if how == "outer":  # a sinusoid of all tokens of a batch, as Wan's
+        waves = torch.outer(t.flatten().double(), 10.0 ** -torch.arange(4))
+        return F.silu(F.linear(torch.cat([waves.cos(), waves.sin()], 1).unflatten(0, (1, -1)).float(), x))
+    y = F.linear(t[..., None] * x.new_ones(8), x)
+    if how != "squeezed":
+        return F.silu(y)
+    shift, scale = y.unflatten(2, (2, 8)).chunk(2, dim=2)
+    return x.new_ones(1, 84, 8) * (1 + scale.squeeze(2)) + shift.squeeze(2)
+
+
+@pytest.mark.parametrize(("how", "rows"), [("plain", "14 rows for 84"), ("joined", "19 rows for 114"), ("outer", "14 rows for 84"),
+                                           ("squeezed", "14 rows for 84"), ("joined unlike", None)])
+def test_time_is_computed_once_a_frame(how, rows):
+    done = Rewritten(lambda x: timed(how, x), torch.randn(16, 8), passes=(equal_rows,))
+    details = done.records["equal_rows"].details
+    assert done.error() <= 1e-6 and (all(rows in d for d in details) and details if rows else not details)
+
+
+def put_back(how, x):
+    """Rows 1 and 2 of a product, changed and put back in place, as some write their rotary embeddings."""
+    made = x * 2
+    z = made.view(2, 2, 9).transpose(0, 1)
+    if how == "given":
+        z = x.view(2, 2, 9)
+    z[:, 1:, :4] = z[:, 1:, :4] + 1
+    return (z * 3, made) if how == "read elsewhere" else z * 3
+
+
+@pytest.mark.parametrize(("how", "count"), [("alone", 1), ("given", 0), ("read elsewhere", 0)])
+def test_writes_into_a_product_that_nothing_else_reads(how, count):
+    done = Rewritten(lambda x: put_back(how, x), torch.randn(4, 9), passes=(functional_writes,))
+    assert done.count == count and done.error() == 0
+    assert count or "more than this reads" in done.reasons
+
+
 # Complex numbers.
 
 

@@ -20,7 +20,7 @@ from li_compile.passes.propagate import propagate, tidy
 from li_compile.passes.prune_context import prune_context
 from li_compile.passes.sparse_attention import sparse_attention
 from li_compile.patterns import find_attention
-from li_compile.patterns.graph import placeholders, subgraphs
+from li_compile.patterns.graph import name_of, placeholders, subgraphs
 from li_compile.pipeline import canonical
 from li_compile.policy import plan_context
 
@@ -327,6 +327,17 @@ def test_normalising_twice_where_there_is_much_to_do():
     inputs = [torch.randn(1, 2, 6, 8) for _ in range(3)]
     module = copy.deepcopy(Traced(fn, *inputs).module)
     assert normalize(module).count == 4 and normalize(module).count == 0
+
+
+def test_an_einsum_that_moves_and_a_stack_of_one_are_moves():
+    def fn(x):
+        return torch.einsum("a b c->cab", x), torch.stack([x], dim=2), torch.einsum("abc->ab", x), torch.einsum("abb->ab", x[:, :2, :2])
+
+    traced = Traced(fn, torch.randn(2, 3, 4))
+    module = copy.deepcopy(traced.module)
+    assert normalize(module).count == 2
+    assert [name_of(n) for n in module.graph.nodes].count("einsum") == 2
+    assert all(map(torch.equal, module(torch.ones(2, 3, 4)), fn(torch.ones(2, 3, 4))))
 
 
 def test_two_steps_of_the_world_are_both_computed(tiny_world):

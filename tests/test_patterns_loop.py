@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from samplers import FORMS, GUIDANCE, Denoiser, Remembering, alone, euler, renoise, shifted, unipc
 from torch import nn
-from tracing import Traced, world_inputs
+from tracing import Traced, relative, world_inputs
 
 from li_compile.patterns import DenoisingLoop
 from li_compile.patterns.linear_read import Reader
 from li_compile.patterns.loop_body import Body
+
+LEVELS = shifted(4)
 
 region = torch.compiler.nested_compile_region
 LINE = [1, 0.75, 0.5, 0.25, 0]
@@ -110,6 +112,49 @@ def test_pinned_frames():
     loop, _ = find(unipc(alone(Denoiser()), shifted(3, most=0.9998), pinned=1))
     check(loop, 3, "unrolled")
     assert loop.updates.kind == "multistep"
+
+
+@pytest.mark.parametrize("how", ["alike", "block regions"])
+def test_a_first_state_that_all_calls_read_for_its_size(how):
+    """Noise levels made with ``start.new_full`` read the first state in every call, and are none of its varying operands."""
+    model = Denoiser(regional=how == "block regions")
+
+    def sample(x, condition):
+        start = x
+        for sigma, following in zip(LEVELS, LEVELS[1:]):
+            x = x + model(x, start.new_full((3, 1), sigma), condition) * (following - sigma)
+        return x
+
+    traced = Traced(sample, torch.randn(3, 4), torch.randn(3, 1))
+    loop = traced.facts().loop
+    check(loop, 4, "unrolled" if how == "alike" else "regions")
+    assert loop.updates.kind == "Euler" and any(len(set(n)) == 4 and n[0].op == "placeholder" for n in loop.body.varying)
+    compiled = traced.compile(preset="exact")
+    given = torch.randn(3, 4), torch.randn(3, 1)
+    assert relative(compiled(*given), traced(*given)) <= 1e-6 and compiled.report.counts()["share_steps"] == 4
+
+
+@pytest.mark.parametrize("spelling", ["einsum", "stack"])
+def test_what_a_call_hands_on_is_seen_through_moves_and_slices(spelling):
+    """Memory that goes through the model in front of the state is dropped behind it, by a size that is a symbol."""
+    model = Denoiser()
+
+    def sample(x, condition, memory):
+        kept = memory.shape[0]
+        for sigma, following in zip(LEVELS, LEVELS[1:]):
+            both = torch.cat([memory, x])
+            time = torch.cat([memory.new_zeros(kept, 1), torch.full_like(condition, sigma)])
+            out = model(both, time, torch.cat([memory[:, :1], condition]))
+            out = torch.einsum("ab->ba", out).t()[kept:] if spelling == "einsum" else torch.stack([out[kept:]])[0]
+            x = x + out * (following - sigma)
+        return x
+
+    memory = torch.randn(5, 4)
+    torch._dynamo.mark_dynamic(memory, 0)
+    loop, reason = find(sample, [torch.randn(3, 4), torch.randn(3, 1), memory])
+    assert loop is not None, reason
+    check(loop, 4, "unrolled")
+    assert loop.updates.kind == "Euler"
 
 
 def test_times_as_an_input():

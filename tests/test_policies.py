@@ -73,6 +73,7 @@ def test_slots_take_the_first_of_the_best_and_may_repeat_it():
     still = pose().expand(64, 4, 4)
     plan = plan_context(still[:30], still[:34], options("slots"))
     assert plan.indices == (1, 1, 1, 1, 4) and plan.slots == (0, 1, 2, 3, 4)  # frame 0 is no candidate
+    assert plan_context(still[:30], still[:34], options("slots", slot_repeats="drop")).slots == (4,)  # frames 1 and 4 are one latent
     with pytest.raises(PoseError, match="32 poses, .* reach back to the 33th"):
         plan_context(still[:30], still[:32], options("slots"))
     assert plan_context(still[:1], still[:40], options("slots")).indices == (0,)

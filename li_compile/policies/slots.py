@@ -17,6 +17,8 @@ class SlotPolicy:
     The references are the current poses at ``slot_references`` from the end (1: the last). A slot takes the history
     pose with the highest overlap, the first of equals, pose 0 excepted; without de-duplication. The last slot then holds
     ``slot_sink`` whatever it found. A slot is kept if its overlap reaches ``threshold``; the sink is always kept.
+    With ``slot_repeats`` "drop", a latent that several slots were filled with is kept once, in the first of them or in the sink.
+
     ``temporal_frames`` of the newest poses follow the slots and are not candidates; Matrix-Game has none here, since its
     past frames belong to the window that is generated.
 
@@ -44,6 +46,9 @@ class SlotPolicy:
         last = len(frames) - 1
         frames[last] = min(context.slot_sink, recent - 1)
         slots = tuple(k for k in range(last + 1) if k == last or scores[k] >= context.threshold)
+        if context.slot_repeats == "drop":
+            latent = lambda k: (frames[k] + 3) // 4
+            slots = tuple(k for i, k in enumerate(slots) if k == last or latent(k) not in {latent(j) for j in (*slots[:i], last)})
         found = ", ".join(f"{score:.2f}" for score in scores.values())
         reason = f"{len(slots)} of {len(frames)} slots kept (overlaps {found}; threshold {context.threshold:g}, the last is the sink)"
         kept = (*(frames[k] for k in slots), *range(recent, scene.count))
