@@ -30,7 +30,8 @@ def match_attention(module: GraphModule, family: Family | None, grid: tuple[int,
     for i, m in enumerate(misses):  # what no matcher would have taken either is left alone because the family says so
         node = nodes.get((m.where, m.node))
         group = group_of(node, family) if node is not None else None
-        misses[i] = say(node, group) if group in family.opt_out else m
+        if group in family.opt_out:
+            misses[i] = dataclasses.replace(m, reason=f"{say(node, group).reason}; besides, {m.reason}")
     return kept, misses + told
 
 
