@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 _LOCAL = threading.local()
@@ -37,7 +38,7 @@ def light_interaction(gm, example_inputs: Sequence[Any], *, mode: str | None = N
             return module
         return _compat.inductor(module, inputs, patches, key)
 
-    report = last_report(new=config.to_options())
+    report = _LOCAL.report = getattr(_LOCAL, "owned", None) or last_report(new=config.to_options())
     trained = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
     if trained and config.rewrites:
         warnings.warn(
@@ -71,6 +72,16 @@ def light_interaction(gm, example_inputs: Sequence[Any], *, mode: str | None = N
             "attention over latent frames, context concatenation, a denoising loop. li_compile.explain says why not.",
             stacklevel=2)
     return Dispatcher(facts, config, example_inputs, fakes, lower, graph_report)
+
+
+@contextlib.contextmanager
+def reporting(report) -> Iterator[None]:
+    """Graphs that this thread compiles meanwhile are told in ``report``, whatever their options."""
+    before, _LOCAL.owned = getattr(_LOCAL, "owned", None), report
+    try:
+        yield
+    finally:
+        _LOCAL.owned = before
 
 
 def last_report(new: dict[str, Any] | None = None):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from li_compile.backend import last_report, light_interaction
+from li_compile.backend import light_interaction, reporting
 from li_compile.config import Config
 from li_compile.dispatch import warming
 from li_compile.errors import ConfigError
@@ -31,12 +31,12 @@ def with_family(config: Config, model: Any) -> Config:
 class Compiled:
     """A compiled function or module. Call it as the original; attributes are the original's.
 
-    ``report()``: what was rewritten so far in this thread. ``detach()``: the original, as it was; what the family's
+    ``report()``: what was rewritten so far. ``detach()``: the original, as it was; what the family's
     preparation changed in it (``preparation.changes``) is changed back.
     """
 
     def __init__(self, original: Callable[..., Any], config: Config) -> None:
-        self.original, self.config = original, config
+        self.original, self.config, self._report = original, config, Report(config.to_options())
         family = family_of(config)
         self.preparation = prepare(original, family)
         self._arguments = arguments_of(original, family, config.context.enabled)
@@ -49,17 +49,19 @@ class Compiled:
             self._dense = torch.compile(original, backend=light_interaction, options=dense.to_options())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._arguments is None:
-            return self._run(*args, **kwargs)
-        given = self._arguments(args, kwargs)
-        if given is None:
-            return self.original(*args, **kwargs)
-        args, kwargs, frames = given
-        short = frames is not None and frames < self.config.sparse.min_context
-        return (self._dense if short else self._run)(*args, **kwargs)
+        run = self._run
+        if self._arguments is not None:
+            given = self._arguments(args, kwargs)
+            if given is None:
+                return self.original(*args, **kwargs)
+            args, kwargs, frames = given
+            if frames is not None and frames < self.config.sparse.min_context:
+                run = self._dense
+        with reporting(self._report):
+            return run(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("original", "config", "preparation", "_arguments", "_run", "_dense"):  # not set yet, as while unpickling
+        if name in ("original", "config", "preparation", "_arguments", "_run", "_dense", "_report"):  # not set yet, as while unpickling
             raise AttributeError(name)
         return getattr(self.original, name)
 
@@ -75,7 +77,7 @@ class Compiled:
         return self.report()
 
     def report(self) -> Report:
-        return last_report()
+        return self._report
 
     def detach(self) -> Callable[..., Any]:
         self.preparation.undo()

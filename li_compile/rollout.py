@@ -17,6 +17,7 @@ from li_compile.patterns.recognise import family_of_pipeline
 from li_compile.patterns.registry import Family
 from li_compile.pipeline import family_of
 from li_compile.policy import ChunkPlan
+from li_compile.report import Report
 from li_compile.session import Session
 from li_compile.stepping import ChunkSteps
 
@@ -53,7 +54,7 @@ class Rollout:
 class CompiledPipeline:
     """A pipeline whose rollout is compiled. Call it as the original; attributes are the original's, also when they are set.
 
-    ``rollout``: its session and compiled models. ``report()``: what was rewritten so far in this thread. ``detach()``: the
+    ``rollout``: its session and compiled models. ``report()``: what was rewritten so far. ``detach()``: the
     original, with everything that was changed in it or in its modules (``preparation.changes``) as it was.
     """
 
@@ -81,10 +82,10 @@ class CompiledPipeline:
         else:
             setattr(self.original, name, value)
 
-    def report(self):
-        from li_compile.backend import last_report
-
-        return last_report()
+    def report(self) -> Report:
+        reports = [compiled.report() for compiled in self.rollout.compiled]
+        return Report(self.rollout.config.to_options(), [g for r in reports for g in r.graphs], prepared=self.preparation.changes
+                      + [change for r in reports for change in r.prepared])
 
     def detach(self) -> Any:
         self.preparation.undo()

@@ -107,3 +107,29 @@ def test_the_name_prepares_what_it_finds(tmp_path):
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.splitlines()[-1] == "['Loud.hear']"
+
+
+class Framed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+@pytest.mark.filterwarnings("ignore:light_interaction found nothing to rewrite")
+def test_a_compiled_model_reports_its_own_graphs_sparse_and_dense(monkeypatch):
+    """Contexts below sparse.min_context have graphs of their own, and other models are compiled meanwhile."""
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry.families()))
+    register_family(Family("framed", modules=(f"{__name__}.Framed",), arguments=lambda model, args, kwargs: (args, kwargs, args[0].shape[0])))
+    compiled, other = (li_compile.compile(model, li_compile.Config.from_options(
+        {"preset": "sparse", "lowering": "eager", "sparse.min_context": 8})) for model in (Framed(), nn.Linear(8, 8)))
+    with torch.no_grad():
+        torch._dynamo.reset()
+        for frames in (4, 12):
+            torch._dynamo.reset()
+            compiled(torch.randn(frames, 8))
+            other(torch.randn(frames, 8))
+    assert len(compiled.report().graphs) == 2 == len(other.report().graphs)
+    assert last_report() is other.report() is not compiled.report()
