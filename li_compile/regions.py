@@ -6,6 +6,7 @@ The graph around them, the scheduler's arithmetic on tensors of the state's size
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from torch.fx import GraphModule
 
 from li_compile import _compat
+from li_compile.passes.gated_steps import inline_regions
+from li_compile.passes.repeated_blocks import PREFIX
 from li_compile.passes.share_steps import shared_regions
-from li_compile.patterns.graph import REGION, region_calls, value
+from li_compile.patterns.graph import REGION, region_calls, subgraphs, value
 
 Lower = Callable[[GraphModule, Sequence[Any]], Callable]
 
@@ -38,14 +41,13 @@ def lower_regions(module: GraphModule, inputs: Sequence[Any], lower: Lower, done
     """
     names = shared_regions(module)
     if not names:
-        return lower(_compat.as_traced(module), inputs)
+        return _lower(module, inputs, lower)
     outer = copy.deepcopy(module)
     for name in names:
         if name not in done:
             region = copy.deepcopy(getattr(module, name))
             region.meta |= module.meta
-            _compat.as_traced(region)
-            done[name] = lower(region, [value(x) for x in region_calls(module, name)[0].args[2:]])
+            done[name] = _lower(region, [value(x) for x in region_calls(module, name)[0].args[2:]], lower)
         delattr(outer, name)
         outer.add_submodule(name, CompiledRegion(name, done[name]))
     for node in list(outer.graph.nodes):
@@ -56,3 +58,18 @@ def lower_regions(module: GraphModule, inputs: Sequence[Any], lower: Lower, done
     outer.graph.eliminate_dead_code(is_impure_node=lambda n: n.op != "get_attr")
     outer.recompile()
     return outer
+
+
+def _lower(module: GraphModule, inputs: Sequence[Any], lower: Lower) -> Callable:
+    """Compile a graph; where that fails with our regions of repeated blocks in it, without: Inductor changes strides between its own
+    passes, and then refuses a region whose calls were alike before."""
+    if not any(name.startswith(PREFIX) for name in subgraphs(module)):
+        return lower(_compat.as_traced(module), inputs)
+    flat = copy.deepcopy(module)
+    try:
+        return lower(_compat.as_traced(module), inputs)
+    except Exception as error:
+        warnings.warn(f"Inductor cannot compile repeated blocks as regions here ({type(error).__name__}: {str(error).splitlines()[0]}); they "
+                      "are compiled one by one, which takes longer (exact.repeated_blocks=False says so from the start)", stacklevel=2)
+        inline_regions(flat)
+        return lower(_compat.as_traced(flat), inputs)

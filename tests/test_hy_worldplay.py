@@ -112,7 +112,7 @@ def blocks(monkeypatch):
             return out, new if cache_vision else {}
 
         def forward_txt(self, txt, attn_param=None, block_idx=None, kv_cache=None, cache_txt=False):
-            out, new = self.attend(txt, {"k_txt": None, "v_txt": None} if kv_cache is None else kv_cache[block_idx], "txt")
+            out, new = self.attend(txt, {"k_txt": None, "v_txt": None}, "txt")
             return out, new if cache_txt else {}
 
     class HunyuanVideo_1_5_DiffusionTransformer(torch.nn.Module):
@@ -127,10 +127,10 @@ def blocks(monkeypatch):
                 new.append(entry)
             return new if keep else img
 
-        def text(self, txt):
+        def text(self, txt, cache=None):
             new = []
             for i, block in enumerate(self.blocks):
-                txt, entry = block.forward_txt(txt=txt, block_idx=i, kv_cache=None, cache_txt=True)
+                txt, entry = block.forward_txt(txt=txt, block_idx=i, kv_cache=cache, cache_txt=True)
                 new.append(entry)
             return new
 
@@ -154,11 +154,12 @@ def regions(fn, *args, **kwargs) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("case", ["step", "first step", "context", "text"])
+@pytest.mark.parametrize("case", ["step", "first step", "context", "text", "text, empty cache"])
 def test_blocks_become_regions_and_compute_the_same(blocks, case):
     module, model, inputs = blocks
     args, keep = inputs(0 if case == "first step" else 5), case == "context"
-    call = (lambda: model.text(args[0])) if case == "text" else lambda: model(*args, keep=keep)
+    empty = [] if case == "text, empty cache" else None  # as in a rollout
+    call = (lambda: model.text(args[0], empty)) if case.startswith("text") else lambda: model(*args, keep=keep)
     with torch.no_grad():
         want = call()
         assert regions(call) == []

@@ -11,6 +11,7 @@ from li_compile.passes.repeated_blocks import repeated_blocks
 from li_compile.patterns._compat import fake_mode_of
 from li_compile.patterns.graph import REGION, name_of, subgraphs
 from li_compile.pipeline import canonical
+from li_compile.regions import lower_regions
 
 
 class Block(nn.Module):
@@ -165,3 +166,21 @@ def test_the_steps_of_a_flat_world_hold_regions_of_blocks(tiny_world):
     assert relative(compiled(*inputs), traced(*inputs)) <= 1e-5
     (variant,) = compiled.graph.variants
     assert variant.counts()["repeated_blocks"] >= 4 and variant.counts()["share_steps"] == 4
+
+
+def test_where_inductor_refuses_regions_blocks_are_compiled_one_by_one():
+    model, inputs = seeded(Stack), INPUTS()
+    traced = Traced(model, *inputs)
+    module = canonical(traced.module, traced.fakes)
+    repeated_blocks(module)
+    tidy(module)
+    propagate(module, traced.fakes, fake_mode_of(traced.fakes))
+
+    def lower(graph_module, _):
+        if any(n.target is REGION for n in graph_module.graph.nodes):
+            raise AssertionError("subgraph args must have consistent values!")
+        return graph_module
+
+    with pytest.warns(UserWarning, match="consistent values.*compiled one by one"), torch.no_grad():
+        run = lower_regions(module, traced.fakes, lower, {})
+        assert relative(run(*traced.arguments(*inputs))[0], traced(*inputs)) <= 1e-6

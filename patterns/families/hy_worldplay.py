@@ -73,7 +73,7 @@ def region(forward, stream, kind, infer_state):
         if args or getattr(state, "enable_sageattn", False):  # the choice of attention then depends on the block
             return forward(self, *args, attn_param=attn_param, block_idx=block_idx, kv_cache=kv_cache, **options)
         x, keep = options.pop(stream), options.pop(kept, False)
-        entry = kv_cache[block_idx] if kv_cache is not None else {}
+        entry = kv_cache[block_idx] if kv_cache else {}  # the text pass of a rollout is given an empty list
         x, *new = block(self, x, keep, tuple(options), tuple(options.values()), tuple(entry), tuple(entry.values()))
         return x, dict(zip(written, new)) if keep else None
 

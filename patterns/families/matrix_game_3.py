@@ -82,6 +82,15 @@ def stack(tensors, *args, **kwargs):
     return Sizes(list(tensors)) if all(isinstance(t, Sizes) for t in tensors) else torch.stack(tensors, *args, **kwargs)
 
 
+def cat(tensors, dim=0, **kwargs):
+    """``torch.cat``, but where all tensors but one are empty, as what upstream pads with is here. Inductor drops such a
+    concatenation, and with it the strides that a region was traced for."""
+    full = [t for t in tensors if t.shape[dim] != 0]
+    if len(full) == 1 < len(tensors):
+        return full[0].clone(memory_format=torch.contiguous_format)
+    return torch.cat(tensors, dim, **kwargs)
+
+
 def rotate(x, grid_sizes, freqs, t_indices=None):
     """Rotary embedding of [B, L, heads, head_dim] at frames ``t_indices``, which are counted from 0 if None; rows and columns are.
 
@@ -131,7 +140,7 @@ def attention(q, k, v, q_lens=None, k_lens=None, dropout_p=0.0, softmax_scale=No
 
 def prepare(model, patch) -> None:
     upstream, actions = (sys.modules[f"{PACKAGE}.{name}"] for name in ("model", "action_module"))
-    patch(upstream, "torch", with_own(upstream.torch, tensor=tensor, stack=stack))
+    patch(upstream, "torch", with_own(upstream.torch, cat=cat, tensor=tensor, stack=stack))
     patch(upstream, "flash_attention", attention)
     patch(upstream, "rope_apply_with_indices", rotate)
     patch(actions.ActionModule, "get_rotary_pos_embed", action_positions)
