@@ -354,7 +354,7 @@ CHANGED = {"strict": True, "lowering": "eager", "inductor": {"max_autotune": Tru
            "context.fov": (90, 70), "context.radius": 4.0, "context.policy": "chunks", "context.hysteresis": 0.1,
            "context.min_gain": 0.1, "context.rule": "grid", "context.near": 0.2, "context.window": "dynamics", "context.alpha": 0.3,
            "context.kappa": 0.1, "context.dynamics_unit": "chunk", "context.teleport": 1.0, "context.slot_references": (1, 2),
-           "context.slot_sink": 0, "context.intrinsics": (0.5, 0.9, 0.5, 0.5), "cache.enabled": False, "cache.threshold": 0.5,
+           "context.slot_sink": 0, "context.slot_repeats": "drop", "context.intrinsics": (0.5, 0.9, 0.5, 0.5), "cache.enabled": False, "cache.threshold": 0.5,
            "cache.min_steps": 4, "cache.predictor": "linear", "cache.skip": (1,), "cache.gate": "always", "cache.guard": None,
            "cache.guard_chunks": 3}
 

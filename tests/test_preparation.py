@@ -10,7 +10,7 @@ from torch import nn
 
 import li_compile
 from li_compile.backend import last_report, light_interaction
-from li_compile.patterns import Family, register_family, registry
+from li_compile.patterns import Family, preparation, register_family, registry
 from li_compile.patterns.preparation import in_force, is_prepared, prepare, prepare_loaded
 
 EAGER = {"preset": "exact", "lowering": "eager"}
@@ -38,6 +38,8 @@ class Louder(Loud):
 @pytest.fixture
 def family(monkeypatch):
     monkeypatch.setattr(registry, "_FAMILIES", dict(registry.families()))
+    for table in ("_LIVE", "_PREPARED"):  # what other tests compiled and did not detach
+        monkeypatch.setattr(preparation, table, {})
     yield register_family(Family("loud", modules=(f"{__name__}.Loud",), prepare=lambda model, patch: patch(type(model), "hear", lambda self, x: x)))
     assert in_force() == []
 
