@@ -8,7 +8,6 @@ import pathlib
 import zipfile
 import zlib
 
-import numpy as np
 import torch
 
 from li_compile.errors import LightInteractionError, PoseError

@@ -11,7 +11,6 @@ import sys
 import types
 import weakref
 
-import torch
 import torch.nn.functional as F
 
 from .._compat import undisabled
