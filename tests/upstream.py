@@ -10,13 +10,14 @@ import functools
 import importlib
 import importlib.abc
 import importlib.machinery
-import inspect
 import os
 import sys
 import types
 
 import pytest
 import torch
+
+from examples.matrix_game_3.upstream import Configured, remember_config
 
 TREE = os.environ.get("LI_COMPILE_HY_WORLDPLAY", "")
 needs_upstream = pytest.mark.skipif(not TREE, reason="set LI_COMPILE_HY_WORLDPLAY to upstream's tree")
@@ -35,30 +36,12 @@ class _Model(torch.nn.Module):
     device = property(lambda self: next(self.parameters()).device)
 
 
-class _Configured:
-    def register_to_config(self, **given):
-        object.__setattr__(self, "_given", types.SimpleNamespace(**vars(getattr(self, "_given", types.SimpleNamespace())), **given))
-
-    config = property(lambda self: self._given)
-
-
-def _register(init):
-    @functools.wraps(init)
-    def inner(self, *args, **kwargs):
-        bound = inspect.signature(init).bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        object.__setattr__(self, "_given", types.SimpleNamespace(**{k: v for k, v in bound.arguments.items() if k != "self"}))
-        init(self, *args, **kwargs)
-
-    return inner
-
-
 class _Pipeline:
     def progress_bar(self, total=None):
         return contextlib.nullcontext(types.SimpleNamespace(update=lambda: None))
 
 
-KNOWN = {"ModelMixin": _Model, "ConfigMixin": _Configured, "register_to_config": _register, "DiffusionPipeline": _Pipeline,
+KNOWN = {"ModelMixin": _Model, "ConfigMixin": Configured, "register_to_config": remember_config, "DiffusionPipeline": _Pipeline,
          "SchedulerMixin": type("SchedulerMixin", (), {}), "BaseOutput": dict, "_is_group_offload_enabled": lambda module: False}
 
 

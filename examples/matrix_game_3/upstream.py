@@ -14,10 +14,12 @@ need, what is missing is replaced by names that do nothing. On a CPU, its ``auto
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import inspect
 import pathlib
 import sys
 import types
@@ -25,6 +27,8 @@ import unittest.mock
 
 import torch
 import torch.nn.functional as F
+
+from li_compile.patterns.families.matrix_game_3 import with_own
 
 #: What upstream imports and a model with random weights does without.
 SPARE = ("cv2", "diffusers", "easydict", "ftfy", "imageio", "pandas", "regex", "torchvision", "tqdm", "transformers", "trimesh")
@@ -153,6 +157,7 @@ def load(path, device="cuda", dtype: torch.dtype = torch.bfloat16, pipeline: boo
         finder = Spare()
         sys.meta_path.append(finder)
         stack.callback(sys.meta_path.remove, finder)
+        stack.callback(forget_spare)
         sys.path.insert(0, str(root))
         stack.callback(sys.path.remove, str(root))
         if device.type == "cpu":
@@ -166,7 +171,7 @@ def load(path, device="cuda", dtype: torch.dtype = torch.bfloat16, pipeline: boo
             change(modules["model"], flash_attention=DenseAttention(dtype))
         if dtype != torch.bfloat16:
             for name in ("model", "action_module", "inference_interactive_pipeline")[: 3 if pipeline else 2]:
-                change(modules[name], torch=_with(torch, bfloat16=dtype))
+                change(modules[name], torch=with_own(torch, bfloat16=dtype))
         yield Upstream(device, dtype, modules)
 
 
@@ -204,6 +209,12 @@ class Spare(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         vars(module).update(known.get(module.__name__, {}))
 
 
+def forget_spare() -> None:
+    """So that nobody else takes a stand-in for an installed package."""
+    for name in [name for name, module in sys.modules.items() if isinstance(module, Anything)]:
+        del sys.modules[name]
+
+
 class Anything(types.ModuleType):
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -216,17 +227,18 @@ class Attributes(dict):
 
 
 class Configured:
-    @property
-    def config(self):
-        return self._config
+    """In the place of diffusers' ``ConfigMixin``."""
+
+    config = property(lambda self: self._config)
 
     def register_to_config(self, **changes):
-        vars(self._config).update(changes)
+        object.__setattr__(self, "_config", types.SimpleNamespace(**{**vars(getattr(self, "_config", types.SimpleNamespace())), **changes}))
 
 
 def remember_config(init):
-    import inspect
+    """In the place of diffusers' ``register_to_config``."""
 
+    @functools.wraps(init)
     def remembering(self, *args, **kwargs):
         given = inspect.signature(init).bind(self, *args, **kwargs)
         given.apply_defaults()
@@ -254,10 +266,3 @@ def cuda_on_cpu():
             unittest.mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")), \
             unittest.mock.patch.object(torch.cuda, "synchronize", lambda *_: None):
         yield
-
-
-def _with(module: types.ModuleType, **changes) -> types.ModuleType:
-    own = types.ModuleType(module.__name__)
-    vars(own).update(vars(module), **changes)
-    return own
-
