@@ -88,6 +88,11 @@ _made: dict[tuple, object] = {}
 _MOST = 1024  # a table more than this many starts the cache anew
 
 
+def laid_out(out: torch.Tensor) -> torch.Tensor:
+    """[B, H, L, D] as our operators lay their results out: [B, L, H, D] in memory."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def cached(make, device, *args):
     """``make(device, *args)``, made once for equal (hashable) arguments. Shared: don't write to it."""
     device = torch.device(device)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import block_valid, cached, neighbour_mask, tile_order
+from .layout import block_valid, cached, laid_out, neighbour_mask, tile_order
 from .plan import CONTEXT, CURRENT, TEXT, Plan, make_plan
 from .selection import part_counts
 
@@ -27,7 +27,7 @@ def sparse_attention(q, k, v, roles, height, width, tile, block_size, topk_ratio
     """``li::sparse_attention`` without encodings and summaries. share: query blocks that choose together (an approximation)."""
     plan = make_plan([x.shape[2] for x in k], roles, height, width, tuple(tile), block_size, topk_ratio, prefill_ratio, head_ratios)
     if plan.dense:
-        return _laid_out(F.scaled_dot_product_attention(q, torch.cat(list(k), 2), torch.cat(list(v), 2), scale=scale))
+        return laid_out(F.scaled_dot_product_attention(q, torch.cat(list(k), 2), torch.cat(list(v), 2), scale=scale))
     text = [[x[s] for s in plan.static if roles[s] == TEXT] for x in (k, v)]
     if plan.decode:
         context = [s for s in plan.static if roles[s] == CONTEXT]
@@ -66,7 +66,7 @@ def sparse_decode(q, k, v, packed_k, packed_v, k_means, v_means, lengths, roles,
     if plan.dense:
         kept = cached(_kept_rows, q.device, plan, context)
         whole = [torch.cat([s, b.index_select(2, kept)], 2) for s, b in zip(shared, blocks)]
-        return _laid_out(F.scaled_dot_product_attention(q, *whole, scale=scale))
+        return laid_out(F.scaled_dot_product_attention(q, *whole, scale=scale))
     return _attend(plan, q, *blocks, k_means, cached(_valid, q.device, plan, context), *shared, sub_blocks, scale, share)
 
 
@@ -189,7 +189,7 @@ def _attend(plan: Plan, q, k_blocks, v_blocks, k_means, valid, shared_k, shared_
     weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     pieces = weights.split([s.shape[-1] for s, _ in parts], -1) if len(parts) > 1 else [weights]
     out = sum(w @ x for w, (_, x) in zip(pieces, parts)).flatten(2, 3)[:, :, :length]
-    return _laid_out(out.index_select(2, cached(_back, device, plan)))
+    return laid_out(out.index_select(2, cached(_back, device, plan)))
 
 
 def _choose(plan: Plan, queries, k_means, valid, sub_blocks: int, scale: float, share: int, count: int) -> Tensor:
@@ -206,8 +206,3 @@ def _choose(plan: Plan, queries, k_means, valid, sub_blocks: int, scale: float, 
     if not plan.decode:
         scores = torch.where(cached(_forced, device, plan, share), -LOW, scores)
     return scores.topk(count, -1).indices
-
-
-def _laid_out(out: Tensor) -> Tensor:
-    """As our operators lay their results out: [B, L, H, D] in memory."""
-    return out.transpose(1, 2).contiguous().transpose(1, 2)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .block_sparse import attend
-from .layout import block_valid, cached, neighbour_mask, num_blocks, row_places, tile_order
+from .layout import block_valid, cached, laid_out, neighbour_mask, num_blocks, row_places, tile_order
 from .pack import Encoding, empty_pack, pack_into
 from .plan import CONTEXT, CURRENT, TEXT, Plan, make_plan
 from .problem import Problem
@@ -268,8 +268,7 @@ def _dense(plan: Plan, q, k: Sequence[Tensor], v: Sequence[Tensor], scale: float
         encoded.append(x)
     segments = [[encoded[i] if s == plan.current else x for s, x in enumerate(xs)] for i, xs in ((1, k), (2, v))]
     keys, values = (xs[0] if len(xs) == 1 else torch.cat(xs, 2) for xs in segments)
-    out = F.scaled_dot_product_attention(encoded[0], keys, values, scale=scale)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    return laid_out(F.scaled_dot_product_attention(encoded[0], keys, values, scale=scale))
 
 
 def _unpack(plan: Plan, packed_k, packed_v, k, v) -> tuple[list[Tensor], list[Tensor]]:

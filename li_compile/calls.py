@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -57,7 +58,7 @@ class Known:
                    tuple(i for i, p in enumerate(own.values()) if not is_parameter(p)), None if no_step is None else no_step.reason)
 
 
-class Calls:
+class Calls(abc.ABC):
     """Callable in the place of a graph: plan, select the context frames, run the variant that ``variant`` gives.
 
     The plan is taken on the host, once a call, from the camera poses among the inputs (for a chunk function: once a
@@ -70,9 +71,9 @@ class Calls:
         called = known.steps is None and config.cache.enabled  # perhaps step by step, from a loop in Python
         self.step = StepRun(config, known.changing) if called and known.no_step is None else None
 
+    @abc.abstractmethod
     def variant(self, kept: int | None, reuse: bool, args: Sequence[Any]) -> LoopVariant:
         """What runs. kept: context frames, None: all that are given. args: as it will be given them."""
-        raise NotImplementedError
 
     def __call__(self, *args: Any):
         session, given = Session.current(), args

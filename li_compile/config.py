@@ -225,10 +225,6 @@ class ContextConfig(_Section):
         unit = 1 if self.policy == "slots" else self.chunk_frames
         return range(unit, min(self.lengths()[1], history) + 1, unit)
 
-    def may_reuse(self, kept: int) -> bool:
-        """Whether steps may be reused with this much context: of a history shorter than any window there is nothing to revisit."""
-        return kept >= self.lengths()[0]
-
     def view(self) -> dict[str, Any]:
         """What a camera sees, as keyword arguments of ``kernels.view_overlap``. Needs torch if intrinsics are given."""
         view: dict[str, Any] = {"rule": self.rule, "fov": self.fov, "radius": self.radius}
@@ -321,6 +317,11 @@ class Config:
     def rewrites(self) -> bool:
         """Whether any part is on; without, compiling is plain Inductor."""
         return any(getattr(self, name).enabled for name in _SECTIONS)
+
+    def may_reuse(self, kept: int | None) -> bool:
+        """Whether steps may be reused with this much context (None: all there is). Where views decide, a history shorter than any window
+        has nothing to revisit."""
+        return kept is None or self.cache.gate == "always" or kept >= self.context.lengths()[0]
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> Config:

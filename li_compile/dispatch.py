@@ -82,8 +82,8 @@ class Dispatcher(Calls):
         for kept in self.config.context.kept_of(given):
             if kept == given and not self.known.context.at_source:  # all of a cache: the graph as it is
                 continue
-            fewer, gate = self.select(args, given, range(kept)), self.config.cache.gate
-            for reuse in (False, True) if self.known.reuses and (gate == "always" or self.config.context.may_reuse(kept)) else (False,):
+            fewer = self.select(args, given, range(kept))
+            for reuse in (False, True) if self.known.reuses and self.config.may_reuse(kept) else (False,):
                 self.variant(kept, reuse, fewer)
 
     def variant(self, kept: int | None, reuse: bool, args: Sequence[Any]) -> LoopVariant:

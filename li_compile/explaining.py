@@ -19,7 +19,7 @@ from li_compile.passes.cost import Product, products
 from li_compile.patterns.attention import ROLE_NAMES
 from li_compile.patterns.graph import hint, name_of, placeholders, source_line, value
 from li_compile.patterns.preparation import arguments_of, prepare
-from li_compile.pipeline import Facts, build, canonical, family_of, match, report_of, static_inputs
+from li_compile.pipeline import Facts, build, canonical, constant_lengths, family_of, match, report_of, static_inputs
 from li_compile.report import GraphReport, PassEffect, Report, SiteReport, Work
 from li_compile.reuse import can_reuse
 from li_compile.roofline import Machine, machine_of
@@ -81,11 +81,9 @@ def _trace(fn: Callable[..., Any], args: tuple, kwargs: dict, report: Report, co
         facts = match(canonical(module, fakes, config), config)
         graph = report_of(len(report.graphs), facts)
         report.graphs.append(graph)
-        decode = [s for s in facts.sites if s.kind == "decode"]
-        length = decode[0].frames(patterns.CONTEXT) if decode else None
-        if isinstance(length, int) and not settled:
-            constant.update((length, length * decode[0].grid[0] * decode[0].grid[1]))  # cached keys and values have its tokens
-        else:
+        lengths = set() if settled else constant_lengths(facts)
+        constant.update(lengths)
+        if not lengths:
             _rewrite(facts, fakes, graph, report, config)
         results = next(n for n in module.graph.nodes if n.op == "output").args[0]
         return lambda *real: tuple(_zeros(value(r)) if isinstance(r, torch.fx.Node) else r for r in results)

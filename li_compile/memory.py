@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +95,16 @@ class ChunkMemory:
     def outputs(self) -> list[torch.Tensor]:
         """Outputs of the last chunk that was computed in full."""
         return self._outputs or []
+
+
+def weighted(weights: Mapping[tuple[int, int], Any], source: Callable[[tuple[int, int]], torch.Tensor]) -> torch.Tensor:
+    """A predictor's sum of outputs, at least in fp32 and given in their dtype; of a single one, that output itself. weights: as
+    ``Skipping.weights`` gives them; source: the output that a key stands for."""
+    terms = [(float(c), source(at)) for at, c in weights.items()]
+    if len(terms) == 1:
+        return terms[0][1]
+    wide = torch.promote_types(terms[0][1].dtype, torch.float32)
+    return sum(c * x.to(wide) for c, x in terms).to(terms[0][1].dtype)
 
 
 def drift_of(computed: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:

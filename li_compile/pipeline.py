@@ -186,6 +186,14 @@ def report_of(index: int, facts: Facts) -> GraphReport:
     return GraphReport(index, len(facts.module.graph.nodes), found, facts.misses, flops, moved)
 
 
+def constant_lengths(facts: Facts) -> set[int]:
+    """Sizes that inputs have from a context whose length is a constant of the graph: its frames, and their tokens, which cached keys and
+    values have. Empty where it is none, or where there is no context."""
+    decode = [s for s in facts.sites if s.kind == "decode"]
+    frames = decode[0].frames(patterns.CONTEXT) if decode else None
+    return {frames, frames * decode[0].grid[0] * decode[0].grid[1]} if isinstance(frames, int) else set()
+
+
 def _some(names: list[str]) -> str:
     """The names, of many the first ones and how many more."""
     return ", ".join(names) if len(names) <= 6 else f"{', '.join(names[:4])} and {len(names) - 4} more"

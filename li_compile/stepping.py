@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from li_compile.memory import ChunkMemory, drift_of
+from li_compile.memory import ChunkMemory, drift_of, weighted
 from li_compile.passes.predictors import NOW, PREDICTORS, Skipping
 from li_compile.policy import ChunkPlan
 from li_compile.session import Session
@@ -54,13 +54,8 @@ class ChunkSteps:
         return out
 
     def _predict(self, step: int) -> torch.Tensor:
-        weights = self.plan.weights(step, self.times)
-        source = lambda chunk, i: self.outputs[i] if chunk == NOW else self.memory.outputs[i]
-        terms = [(float(c), source(*at)) for at, c in weights.items()]
-        if len(terms) == 1:
-            return terms[0][1]
-        wide = torch.promote_types(terms[0][1].dtype, torch.float32)
-        return sum(c * x.to(wide) for c, x in terms).to(terms[0][1].dtype)
+        source = lambda at: self.outputs[at[1]] if at[0] == NOW else self.memory.outputs[at[1]]
+        return weighted(self.plan.weights(step, self.times), source)
 
     def __enter__(self) -> ChunkSteps:
         self._start = time.perf_counter()

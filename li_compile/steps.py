@@ -9,7 +9,7 @@ import torch
 
 from li_compile.config import Config
 from li_compile.errors import LightInteractionError
-from li_compile.memory import ChunkMemory, drift_of
+from li_compile.memory import ChunkMemory, drift_of, weighted
 from li_compile.passes.predictors import NOW, PREDICTORS, Skipping
 from li_compile.patterns import Miss
 from li_compile.patterns.effects import effect, writes_own
@@ -123,11 +123,8 @@ class StepTrace:
 
     def _predict(self, step: int, branch: int) -> torch.Tensor:
         weights = self.plan.weights(step, self.schedule.numbers())
-        terms = [(float(c), self._source(source, branch)) for source, c in weights.items()]
-        if len(terms) == 1:
-            return terms[0][1].clone()  # the caller may write into it
-        wide = torch.promote_types(terms[0][1].dtype, torch.float32)
-        return sum(c * x.to(wide) for c, x in terms).to(terms[0][1].dtype)
+        out = weighted(weights, lambda source: self._source(source, branch))
+        return out.clone() if len(weights) == 1 else out  # the caller may write into it
 
     def _source(self, source: tuple[int, int], branch: int) -> torch.Tensor:
         index = source[1] * self.schedule.branches + branch

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from li_compile.cli.told import errors_told
+
 PACKAGES = {"imageio_ffmpeg": "imageio-ffmpeg", "PIL": "pillow", "torchmetrics": "torchmetrics"}  # of [examples]
 TRAJECTORIES = "explore, loop, revisit, revisit_unseen, still, sudden"
 
@@ -30,17 +32,9 @@ def command(
     A run, one frame each: 'wwww<<<<'. Counts: 'left*11,right*11,w*9'. Held together: 'w+left*4'. Quote them.
     At most 63; they start where revisit does, meet no walls, have no ground truth, and end with standing still.
     """
-    from li_compile.errors import LightInteractionError
-
-    try:
+    with errors_told():
         demo = doom_world()
         demo.run(demo.Settings(preset, device, trajectory, out, seed, chunks, video))
-    except LightInteractionError as error:
-        from rich.console import Console
-        from rich.markup import escape
-
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
 
 
 def doom_world():

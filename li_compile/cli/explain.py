@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from li_compile.cli.told import config_of, errors_told
+
 
 def command(
     target: Annotated[str, typer.Argument(help="MODULE:FUNCTION; FUNCTION() returns (model or function, args) or "
@@ -21,39 +23,19 @@ def command(
 ) -> None:
     """Trace a function, find the patterns, and show what every pass would do; runs nothing of the model."""
     from rich.console import Console
-    from rich.markup import escape
 
-    from li_compile.errors import LightInteractionError
-
-    try:
-        from li_compile.config import Config
+    with errors_told():
         from li_compile.explaining import explain
 
-        config = Config.from_options({"preset": preset, **dict(parse(text) for text in option or [])})
+        config = config_of(preset, option)
         function, args, kwargs = load(target)
         report = explain(function, *args, config=config, **kwargs)
-    except LightInteractionError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
     if html is not None:
         report.html(html)
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=1, default=str))
     else:
         Console().print(report)
-
-
-def parse(text: str) -> tuple[str, object]:
-    """``KEY=VALUE`` with VALUE as JSON where it is JSON, else as it stands."""
-    from li_compile.errors import ConfigError
-
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"option {text!r} has no '='; give KEY=VALUE, such as sparse.topk_ratio=0.25")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
 
 
 def load(target: str) -> tuple[object, tuple, dict]:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from li_compile.cli.explain import load, parse
+from li_compile.cli.explain import load
+from li_compile.cli.told import config_of, errors_told
 
 
 def command(
@@ -26,29 +27,21 @@ def command(
 ) -> None:
     """Trace a model, rewrite it as the backend does, and write an artifact that `li-compile run` and `li_compile.load` run."""
     from rich.console import Console
-    from rich.markup import escape
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from li_compile.errors import LightInteractionError
-
-    console = Console(stderr=True)
-    try:
-        from li_compile.config import Config
+    with errors_told():
         from li_compile.exporting import export, export_report
 
-        config = Config.from_options({"preset": preset, **dict(parse(text) for text in option or [])})
+        config = config_of(preset, option)
         function, args, kwargs = load(model)
         more = [load(name)[1:] for name in also or []]
         if path is None:
             report = export_report(function, args, kwargs, target=target, config=config, gates=gates, sparse=sparse, also=more)
         else:
             with Progress(SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed} of {task.total}"), TimeElapsedColumn(),
-                          console=console, transient=True) as progress:
+                          console=Console(stderr=True), transient=True) as progress:
                 task = progress.add_task("tracing", total=None)
                 report = export(function, args, kwargs, target=target, path=path, config=config, gates=gates, sparse=sparse, strict=strict,
                                 overwrite=overwrite, also=more,
                                 progress=lambda what, done, total: progress.update(task, description=what, completed=done, total=total))
-    except LightInteractionError as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
     Console().print(report)

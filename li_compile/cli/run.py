@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from li_compile.cli.explain import load as load_inputs
+from li_compile.cli.told import errors_told
 
 
 def command(
@@ -23,9 +24,7 @@ def command(
     from rich.console import Console
     from rich.markup import escape
 
-    from li_compile.errors import LightInteractionError
-
-    try:
+    with errors_told():
         import torch
         from torch.utils._pytree import tree_leaves
 
@@ -42,9 +41,6 @@ def command(
                 if runner.device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - start)
-    except LightInteractionError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
     console = Console(highlight=False, soft_wrap=True)
     m = runner.manifest
     console.print(escape(f"{path}: {m.target} for {m.device['name']}, {sum(len(c.variants) for c in m.calls)} variants, gates: {m.gates}"))

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from li_compile.cli.explain import load, parse
+from li_compile.cli.explain import load
+from li_compile.cli.told import config_of, errors_told
 
 
 def command(
@@ -21,14 +22,11 @@ def command(
     from rich.markup import escape
     from rich.table import Table
 
-    from li_compile.errors import LightInteractionError
-
     console = Console()
-    try:
+    with errors_told():
         from li_compile.compiling import compile
-        from li_compile.config import Config
 
-        config = Config.from_options({"preset": preset, **dict(parse(text) for text in option or [])})
+        config = config_of(preset, option)
         function, args, kwargs = load(target)
         import torch
         from torch._dynamo.utils import counters
@@ -37,9 +35,6 @@ def command(
         started = time.perf_counter()
         with torch.no_grad(), console.status(f"compiling {escape(target)}"):
             report = compile(function, config).warm_up(*args, **kwargs)
-    except LightInteractionError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from None
     table = Table("graph", "variant", title=f"{target}, preset {config.preset}", title_justify="left")
     table.add_column("seconds", justify="right")
     for graph in report.graphs:

@@ -7,7 +7,7 @@ import pathlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -130,18 +130,19 @@ class _Job:
         finally:
             prepared.undo()
         tensors = _rename(traced)
+        used = {name: tensors[name] for name in tensors.keys() & _used(traced)}
         todo = sum(len(wanted(t, self.config, self.gates)) for t in traced)
-        report = ExportReport(self.name, self.gates, None, [], sum(tensors[n].nbytes for n in _used(traced)),
+        report = ExportReport(self.name, self.gates, None, [], sum(t.nbytes for t in used.values()),
                               unavailable=self.target.unavailable())
         aliases = {}
         if folder is not None and not self.target.HOLDS_WEIGHTS:
-            aliases = weights.save({n: t for n, t in tensors.items() if n in _used(traced)}, folder)
+            aliases = weights.save(used, folder)
         entries = []
         missed: dict[tuple[str, str, str], None] = {}
         for call, one in enumerate(traced):
             entry = self._call(one)
             missed |= dict.fromkeys((m.pattern, m.reason, m.where) for m in one.facts.misses)
-            for variant in self._variants(one):
+            for variant in variants(one, self.config, self.gates):
                 progress(variant.name, len(report.variants), todo)
                 built = self._variant(one, variant, call, folder, aliases, lambda what: progress(what, len(report.variants), todo))
                 entry.variants.append(built[0])
@@ -164,9 +165,6 @@ class _Job:
             manifest.write(folder)
             report.size = sum(f["bytes"] for f in manifest.files.values())
         return report
-
-    def _variants(self, traced: Traced) -> Iterator[Variant]:
-        return variants(traced, self.config, self.gates)
 
     def _call(self, traced: Traced) -> CallEntry:
         known = Known.of(traced.facts, self.config, frozenset(traced.weights))

@@ -68,9 +68,10 @@ class Runner:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result, caches = self.step(*args, caches=self._held, **kwargs)
         self._held = {name: caches[name] for name in self._held}
-        call, flat = self._call_for(args, kwargs)
-        for name in caches.keys() - self._held.keys():
-            flat[call.names.index(name)].copy_(caches[name])
+        if (given := caches.keys() - self._held.keys()):
+            call, flat = self._call_for(args, kwargs)
+            for name in given:
+                flat[call.names.index(name)].copy_(caches[name])
         return result
 
     def step(self, *args: Any, caches: Caches | None = None, **kwargs: Any) -> tuple[Any, Caches]:

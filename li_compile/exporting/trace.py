@@ -12,9 +12,8 @@ from torch.utils import _pytree as pytree
 from li_compile import _compat
 from li_compile.config import Config
 from li_compile.errors import ExportError
-from li_compile.patterns import CONTEXT
 from li_compile.patterns.graph import placeholders, value
-from li_compile.pipeline import Facts, canonical, match
+from li_compile.pipeline import Facts, canonical, constant_lengths, match
 
 
 @dataclasses.dataclass
@@ -36,11 +35,9 @@ def trace(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any], config
     it (``torch._dynamo.mark_dynamic``), a first trace finds it. Raises ExportError where torch.export cannot trace."""
     marked = [_compat.marked_dims(x) for x in pytree.tree_leaves((args, kwargs))]
     traced = _trace(model, args, kwargs, marked, config)
-    decode = [s for s in traced.facts.sites if s.kind == "decode"]
-    frames = decode[0].frames(CONTEXT) if decode else None
-    if any(marked) or not isinstance(frames, int) or not config.context.enabled or traced.facts.context is not None:
+    lengths = constant_lengths(traced.facts)
+    if any(marked) or not lengths or not config.context.enabled or traced.facts.context is not None:
         return traced
-    lengths = {frames, frames * decode[0].grid[0] * decode[0].grid[1]}  # cached keys and values have its tokens
     marked = [[d for d, size in enumerate(x.shape) if size in lengths] if isinstance(x, torch.Tensor) else []
               for x in pytree.tree_leaves((args, kwargs))]
     return _trace(model, args, kwargs, marked, config)

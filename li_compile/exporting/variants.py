@@ -45,8 +45,7 @@ def wanted(traced: Traced, config: Config, gates: str) -> list[tuple[int | None,
             lengths = [None, *lengths]
     if reuses and gates == "device":
         return [(n, None) for n in lengths]
-    may_reuse = lambda n: n is None or config.cache.gate == "always" or config.context.may_reuse(n)
-    return [(n, r) for n in lengths for r in ((False, True) if reuses and may_reuse(n) else (False,))]
+    return [(n, r) for n in lengths for r in ((False, True) if reuses and config.may_reuse(n) else (False,))]
 
 
 def variants(traced: Traced, config: Config, gates: str) -> Iterator[Variant]:

@@ -104,19 +104,27 @@ def arguments(model, args, kwargs):
     if given.get("freqs_cos") is None:
         sizes = given.pop("rope_temporal_size", 4), given.pop("start_rope_start_idx", 0)
         given["freqs_cos"], given["freqs_sin"] = rotary_table(model, *sizes, x.shape[2], tuple(x.shape[3:]), x.device)
-    given["hidden_states"] = x.contiguous()
-    for name in ("viewmats", "Ks", "action", "timestep"):
-        given[name] = plain(given[name])
-    # A context encoding reads no cached vision, and does not hold on to what it replaces.
-    given["kv_cache"] = [{**entry, "k_vision": None, "v_vision": None} if keep else dict(entry) for entry in given["kv_cache"]]
+    frames = free_lengths(given, keep, ("k_vision", "v_vision"), x.shape[3] * x.shape[4])
     if keep:
-        free = {"hidden_states": 2, "viewmats": 1, "Ks": 1, "action": 1, "timestep": 0, "freqs_cos": 0, "freqs_sin": 0}
-        given |= {name: of_any_length(given[name], dim) for name, dim in free.items()}
-    for entry in given["kv_cache"]:
-        entry |= {name: of_any_length(entry[name], 2) for name in ("k_vision", "v_vision") if entry[name] is not None}
-    context = given["kv_cache"][0]["k_vision"]
-    frames = x.shape[2] if keep else 0 if context is None else context.shape[2] // (x.shape[3] * x.shape[4])
+        given |= {name: of_any_length(given[name], 0) for name in ("freqs_cos", "freqs_sin")}
     return (), given, frames
+
+
+def free_lengths(given: dict, keep: bool, cached: tuple[str, str], tokens: int) -> int:
+    """Let a call's lengths of context and cache change from call to call, in place; the number of latents of context that it reads or
+    encodes. keep: it encodes; cached: names of a cache entry's keys and values of latents; tokens: in a latent."""
+    given["hidden_states"] = given["hidden_states"].contiguous()
+    given |= {name: plain(given[name]) for name in ("viewmats", "Ks", "action", "timestep")}
+    # A context encoding reads no cached latents, and does not hold on to what it replaces.
+    given["kv_cache"] = [{**entry, **dict.fromkeys(cached)} if keep else dict(entry) for entry in given["kv_cache"]]
+    if keep:
+        free = {"hidden_states": 2, "viewmats": 1, "Ks": 1, "action": 1, "timestep": 0}
+        given |= {name: of_any_length(given[name], dim) for name, dim in free.items()}
+        return given["hidden_states"].shape[2]
+    for entry in given["kv_cache"]:
+        entry |= {name: of_any_length(entry[name], 2) for name in cached if entry[name] is not None}
+    keys = given["kv_cache"][0][cached[0]]
+    return 0 if keys is None else keys.shape[2] // tokens
 
 
 def of_any_length(x: torch.Tensor, dim: int) -> torch.Tensor:

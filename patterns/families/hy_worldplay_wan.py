@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from .._compat import undisabled
 from ..registry import Family, register_family
-from .hy_worldplay import of_any_length, plain
+from .hy_worldplay import free_lengths, of_any_length
 
 MODEL = "wan.models.dits.arwan_w_action_w_mem_relative_rope.WanTransformer3DModel"
 _TABLES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> the table of the call that is made
@@ -53,16 +53,7 @@ def arguments(model, args, kwargs):
         table.known[key] = tuple(t[:, :, start:end].contiguous() for t in table.make(video))
     table.cos, table.sin = (of_any_length(t, 2) if keep else t for t in table.known[key])
     given |= {"current_start": 0, "current_end": None, "window_frames": 0}  # all of what comes from outside
-    given["hidden_states"] = x.contiguous()
-    given |= {name: plain(given[name]) for name in ("viewmats", "Ks", "action", "timestep")}
-    given["kv_cache"] = [{"k": None, "v": None} if keep else dict(entry) for entry in given["kv_cache"]]
-    if keep:
-        free = {"hidden_states": 2, "viewmats": 1, "Ks": 1, "action": 1, "timestep": 0}
-        given |= {name: of_any_length(given[name], dim) for name, dim in free.items()}
-    for entry in given["kv_cache"]:
-        entry |= {name: of_any_length(entry[name], 2) for name in ("k", "v") if entry[name] is not None}
-    cached = given["kv_cache"][0]["k"]
-    return (), given, x.shape[2] if keep else 0 if cached is None else cached.shape[2] // tokens
+    return (), given, free_lengths(given, keep, ("k", "v"), tokens)
 
 
 FAMILY = register_family(Family(

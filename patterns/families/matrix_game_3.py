@@ -171,10 +171,10 @@ def as_region(forward):
     return region_forward
 
 
-def with_own(module, **functions):
-    """A module with some functions in the place of its own."""
+def with_own(module, **names):
+    """A copy of a module with some names standing for something else."""
     own = types.ModuleType(module.__name__)
-    vars(own).update(vars(module), **functions)
+    vars(own).update(vars(module), **names)
     return own
 
 

@@ -21,11 +21,11 @@ MIRROR = torch.diag(torch.tensor([1.0, 1.0, -1.0, 1.0], dtype=torch.float64))
 
 
 def attach(pipeline, patch, rollout) -> None:
-    """Raises ValueError for options that do not go with memory slots."""
+    """Refuses options that do not go with memory slots."""
     config = rollout.config
     if (config.context.enabled or config.cache.enabled) and config.context.policy != "slots":
-        raise ValueError(f"Matrix-Game-3.0 fills memory slots, and context.policy is {config.context.policy!r}; give "
-                         'Config(context={"policy": "slots"}, cache={"threshold": 0.45}), the released thresholds, or preset "exact" or "sparse"')
+        rollout.refuse(f"Matrix-Game-3.0 fills memory slots, and context.policy is {config.context.policy!r}; give "
+                       'Config(context={"policy": "slots"}, cache={"threshold": 0.45}), the released thresholds, or preset "exact" or "sparse"')
     clips, module = Clips(pipeline.model, rollout), sys.modules[type(pipeline).__module__]
     scheduler, select, generate = module.FlowUniPCMultistepScheduler, module.select_memory_idx_fov, pipeline.generate
 

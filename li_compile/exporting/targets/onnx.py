@@ -18,6 +18,7 @@ from li_compile.errors import ArtifactError
 from li_compile.exporting import weights
 from li_compile.exporting.manifest import VariantEntry
 from li_compile.exporting.program import Program
+from li_compile.kernels.layout import laid_out
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TIED: tuple[str, ...] = ()
@@ -93,8 +94,7 @@ def in_domain(name: str, named: dict[str, Any], results: list[tuple[torch.dtype,
         dtypes, shapes = zip(*results)
         return torch.onnx.ops.symbolic_multi_out(kind, tensors, attributes, dtypes=dtypes, shapes=shapes, version=1)
     (dtype, shape), = results
-    out = torch.onnx.ops.symbolic(kind, tensors, attributes, dtype=dtype, shape=shape, version=1)
-    return out.transpose(1, 2).contiguous().transpose(1, 2)  # in memory as our operators lay their results out
+    return laid_out(torch.onnx.ops.symbolic(kind, tensors, attributes, dtype=dtype, shape=shape, version=1))
 
 
 def _safetensors(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
