@@ -111,7 +111,10 @@ class Stages:
 
 class Setting:
     def __init__(self, args) -> None:
+        sys.path.append(str(ROOT))  # for examples.*; not for longer, as what stands there under a name of ours is no package
         import upstream
+
+        sys.path.remove(str(ROOT))
         from models import worldplay_rollout as reduced
         from test_policy import forward_back, left_right
 
@@ -121,7 +124,7 @@ class Setting:
             sys.exit("--size full needs a CUDA device")
         self.where = torch.cuda.get_device_name() if full else f"CPU, {torch.get_num_threads()} threads"
         depth = {"mm_double_blocks_depth": args.blocks} if args.blocks else {}
-        self.model = upstream.transformer(self.device, torch.bfloat16 if full else torch.float32, **(FULL if full else {}), **depth)
+        self.model = upstream.transformer(self.device, torch.bfloat16 if full else torch.float32, **((FULL if full else {}) | depth))
         poses = (forward_back if args.trajectory == "forward_back" else left_right)()
         if full:
             reduced.TEXT, reduced.GLYPHS, reduced.PATCHES = 150, 0, 729

@@ -71,6 +71,7 @@ class ExactConfig(_Section):
     equal_rows: what is computed token by token of a value repeated over tokens is computed once a value.
     invariants: what layers or steps compute alike is computed once.
     dead_tails: a block computes only those of its outputs that are read.
+    small_products: small matrices over many vectors, as of cameras, are written out as products and sums, which compilers fuse.
     merge_regions: equal blocks are compiled once.
     shared_steps: the model that a sampling loop calls N times is compiled once and called N times.
     repeated_blocks: equal blocks of a flat graph are compiled once and called N times.
@@ -85,6 +86,7 @@ class ExactConfig(_Section):
     equal_rows: bool = option(True, FLAG)
     invariants: bool = option(True, FLAG)
     dead_tails: bool = option(True, FLAG)
+    small_products: bool = option(True, FLAG)
     merge_regions: bool = option(True, FLAG)
     shared_steps: bool = option(True, FLAG)
     repeated_blocks: bool = option(True, FLAG)

@@ -37,6 +37,7 @@ from li_compile.passes.record import Record, Refused
 from li_compile.passes.repeated_blocks import repeated_blocks
 from li_compile.passes.respell import respell
 from li_compile.passes.share_steps import share_steps
+from li_compile.passes.small_products import small_products
 from li_compile.passes.sparse_attention import sparse_attention
 from li_compile.passes.split_cone import split_cone
 from li_compile.patterns import registry
@@ -51,7 +52,7 @@ from li_compile.reuse import apply_reuse, describe, found_loop
 
 # In this order: values that are written in place cannot be moved, rows are found before equal nodes are merged (which hides
 # none), and regions are compared when they are as small as they get.
-EXACT = (functional_writes, real_arithmetic, equal_rows, invariants, dead_tails, merge_regions)
+EXACT = (functional_writes, real_arithmetic, equal_rows, small_products, invariants, dead_tails, merge_regions)
 
 
 @dataclasses.dataclass

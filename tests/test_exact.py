@@ -21,6 +21,7 @@ from li_compile.passes.invariants import SMALL, invariants
 from li_compile.passes.merge_regions import merge_regions
 from li_compile.passes.propagate import propagate, tidy
 from li_compile.passes.real_arithmetic import real_arithmetic
+from li_compile.passes.small_products import small_products
 from li_compile.patterns.graph import REGION, name_of, region_calls, subgraphs
 from li_compile.pipeline import EXACT, canonical
 
@@ -90,14 +91,15 @@ def worldplay():
 
 # What each pass finds in the reduced WorldPlay with three blocks. Writes: 3 matrices a block, 15 numbers and corners in all.
 # Rows: a modulation, P, its inverse and the inverse camera's translation a block, and the output's modulation; of the last block
-# of a context only what keys need. Invariants are merged nodes and what leaves regions.
+# of a context only what keys need. Invariants are merged nodes and what leaves regions. Small products: cameras over q, k, v and what
+# attention gives, a block, and what their matrices are made of.
 @pytest.mark.parametrize(("form", "call", "want"), [
-    ("flat", "step", {"functional_writes": 15 * DEPTH, "equal_rows": 4 * DEPTH + 1, "invariants": 210}),
-    ("flat", "first step", {"functional_writes": 15 * DEPTH, "equal_rows": 4 * DEPTH + 1, "invariants": 212}),
-    ("flat", "context", {"functional_writes": 15 * DEPTH, "equal_rows": 4 * DEPTH - 1, "invariants": 192}),
-    ("regions", "step", {"functional_writes": 15, "equal_rows": 4 * DEPTH + 1, "invariants": 44}),
-    ("regions", "first step", {"functional_writes": 15, "equal_rows": 4 * DEPTH + 1, "invariants": 46}),
-    ("regions", "context", {"functional_writes": 15, "equal_rows": 4 * DEPTH, "invariants": 43, "dead_tails": 1})])
+    ("flat", "step", {"functional_writes": 15 * DEPTH, "equal_rows": 4 * DEPTH + 1, "small_products": 7 * DEPTH, "invariants": 257}),
+    ("flat", "first step", {"functional_writes": 15 * DEPTH, "equal_rows": 4 * DEPTH + 1, "small_products": 7 * DEPTH, "invariants": 259}),
+    ("flat", "context", {"functional_writes": 15 * DEPTH, "equal_rows": 4 * DEPTH - 1, "small_products": 7 * DEPTH - 3, "invariants": 229}),
+    ("regions", "step", {"functional_writes": 15, "equal_rows": 4 * DEPTH + 1, "small_products": 7, "invariants": 47}),
+    ("regions", "first step", {"functional_writes": 15, "equal_rows": 4 * DEPTH + 1, "small_products": 7, "invariants": 49}),
+    ("regions", "context", {"functional_writes": 15, "equal_rows": 4 * DEPTH, "small_products": 7, "invariants": 46, "dead_tails": 1})])
 def test_worldplay(worldplay, form, call, want):
     traced = worldplay(form, call)
     done = Rewritten(traced, traced.x)
@@ -119,7 +121,7 @@ def test_each_pass_alone_changes_no_number(worldplay, form, run):
 def test_the_matrices_of_a_model_are_made_once(worldplay):
     """For four frames and not for 48 tokens in each of three blocks; nothing is left of the writes."""
     traced = worldplay("flat", "step")
-    done = Rewritten(traced, traced.x)
+    done = Rewritten(traced, traced.x, passes=tuple(run for run in EXACT if run is not small_products))
     names = [name_of(n) for n in done.module.graph.nodes]
     assert names.count("setitem") == 0
     made = [n for n in done.module.graph.nodes if name_of(n) == "einsum" and n.args[0] == "...ij,...jk->...ik"]
@@ -554,3 +556,41 @@ def test_islands_are_reported_and_kept_unless_named():
     with pytest.warns(UserWarning, match="found nothing"):
         whole = Compiled(Traced(model.b, x), {"preset": "exact", "lowering": "eager", "exact.islands": "bf16"})
     assert "precision islands" not in whole.graph.found and whole.report.counts()["islands"] == 0, "a model in fp32 is no island"
+
+
+SMALL_PRODUCTS = {
+    "cameras": (lambda p, x: torch.einsum("bcij,bncpkj->bncpki", p, x), 1),
+    "transposed": (lambda p, x: torch.einsum("bncpkj, bcji -> bnpkci", x, p), 1),
+    "an ellipsis": (lambda p, x: torch.einsum("...ij,...jk->...ik", p, p.mT), 1),
+    "a vector": (lambda p, x: torch.einsum("...ij,...j->...i", p, p[..., 0]), 1),
+    "matmul": (lambda p, x: x[:, 0, :, 0] @ p, 1),
+    "bmm": (lambda p, x: torch.bmm(p[0], p[1].mT), 1),
+    "half precision": (lambda p, x: torch.einsum("bcij,bncpkj->bncpki", p.bfloat16(), x.bfloat16()).float(), 1),
+    "many terms": (lambda p, x: x.flatten(-2) @ x.flatten(-2).mT, 0),
+    "two large sides": (lambda p, x: x[:, 0, 0, 0].flatten(1)[..., None] @ x[:, 0, 0, 0].flatten(1)[:, None], 0),
+    "two sums": (lambda p, x: torch.einsum("bcij,bncpkj->bncpk", p, x), 0),
+    "a trace": (lambda p, x: torch.einsum("bcii,bcij->bcj", p, p), 0),
+    "numbers": (lambda p, x: ((4 * p).long() @ (4 * p).long()).float(), 0),
+    "a linear layer": (lambda p, x: F.linear(x, p[0, 0]), 0),
+}
+
+
+@pytest.mark.parametrize("case", SMALL_PRODUCTS)
+def test_small_products(case):
+    torch.manual_seed(0)
+    fn, count = SMALL_PRODUCTS[case]
+    p, x = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 3, 6, 7, 4)
+    done = Rewritten(fn, p, x, passes=(small_products,))
+    assert done.count == count and done.error() <= 1e-6
+    again = Rewritten(fn, p, x, passes=(small_products, lambda m: small_products(m)))
+    assert again.records["<lambda>"].count == 0, "idempotent"
+
+
+def test_small_products_of_free_lengths():
+    p, x = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 3, 6, 7, 4)
+    for given, dim in ((p, 1), (x, 2)):
+        torch._dynamo.mark_dynamic(given, dim)
+    traced = Traced(lambda p, x: torch.einsum("bcij,bncpkj->bncpki", p, x), p, x)
+    assert any(isinstance(fake, torch.SymInt) for fake in traced.fakes)
+    done = Rewritten(traced, torch.randn(2, 4, 4, 4), torch.randn(2, 5, 4, 6, 7, 4), passes=(small_products,))
+    assert done.count == 1 and done.error() <= 1e-6
