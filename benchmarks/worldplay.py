@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 import collections
+import json
 import os
 import pathlib
 import sys
 import time
 
 import torch
+
+import li_compile
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -39,6 +42,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--trajectory", choices=("left_right", "forward_back"), default="left_right")
     parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor")
+    parser.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="options of ours over each variant's")
     parser.add_argument("--no-equal-inputs", action="store_true", help="leave out the distances at equal inputs")
     args = parser.parse_args()
     os.environ["LI_COMPILE_HY_WORLDPLAY"] = args.tree
@@ -135,15 +139,11 @@ class Setting:
         self.stages = Stages(torch.cuda.synchronize if full else lambda: None)
 
     def config(self, name: str):
-        import li_compile
-
         tiles = TINY_TILES if self.args.size == "tiny" else {}
-        return li_compile.Config.from_options(AUTHORS | tiles | {"lowering": self.args.lowering} | VARIANTS[name])
+        return li_compile.Config.from_options(AUTHORS | tiles | {"lowering": self.args.lowering} | VARIANTS[name] | self.args.options)
 
     def attached(self, name: str):
         """(what to call, how to undo it) with the stages timed."""
-        import li_compile
-
         pipe = self.upstream.pipeline(self.model, self.args.chunks, autocast=self.args.size == "full")
         if VARIANTS[name] is None:
             module = self.upstream.load()[1]
@@ -189,8 +189,6 @@ class Setting:
 
     def at_equal_inputs(self, name: str) -> str:
         """Distances of one chunk's keys and values, layer by layer, and velocities, step by step, from the dense model's."""
-        import li_compile
-
         self.stages.clear()
         pipe, undo = self.attached("eager")
         self.rollout(pipe)

@@ -11,6 +11,7 @@ floor is attention as fast as the fastest dense kernel of PyTorch here, measured
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import time
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--tflops", type=float, default=790, help="rate of the products other than attention in the floor")
     parser.add_argument("--profile", action="store_true", help="kernels by time")
+    parser.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="options of ours over each variant's")
     parser.add_argument("--no-reference", action="store_true", help="leave out fp32")
     args = parser.parse_args()
     args.chunks, args.trajectory = args.context // 4 + 1, "left_right"

@@ -30,6 +30,7 @@ from li_compile.passes.merge_regions import merge_regions
 from li_compile.passes.normalize import normalize
 from li_compile.passes.pack_context import pack_context
 from li_compile.passes.propagate import propagate, tidy
+from li_compile.passes.plain_einops import plain_einops
 from li_compile.passes.prune_cache import prune_cache
 from li_compile.passes.prune_context import prune_context
 from li_compile.passes.real_arithmetic import real_arithmetic
@@ -51,8 +52,8 @@ from li_compile.reuse import apply_reuse, describe, found_loop
 
 
 # In this order: values that are written in place cannot be moved, rows are found before equal nodes are merged (which hides
-# none), and regions are compared when they are as small as they get.
-EXACT = (functional_writes, real_arithmetic, equal_rows, small_products, invariants, dead_tails, merge_regions)
+# none), regions are compared before values are moved out of them.
+EXACT = (functional_writes, real_arithmetic, equal_rows, small_products, merge_regions, invariants, dead_tails)
 
 
 @dataclasses.dataclass
@@ -117,6 +118,7 @@ def canonical(module: GraphModule, inputs: Sequence[Any], config: Config | None 
     """A normalised copy of a traced graph, with shapes on every node."""
     module = copy.deepcopy(module)
     module.meta[FRAME] = [qualified(type(m)) for m in _compat.frame_modules()]
+    plain_einops(module)
     respell(module, family_of(config or Config(), module))
     index_slices(module)
     normalize(module)

@@ -13,7 +13,7 @@ import weakref
 
 import torch
 
-from .._compat import undisabled
+from .._compat import settle_sizes, undisabled
 from ..registry import Family, register_family
 from .hy_rollout import MODEL, PIPELINE, attach
 
@@ -72,7 +72,7 @@ def region(forward, stream, kind, infer_state):
         state = infer_state()
         if args or getattr(state, "enable_sageattn", False):  # the choice of attention then depends on the block
             return forward(self, *args, attn_param=attn_param, block_idx=block_idx, kv_cache=kv_cache, **options)
-        x, keep = options.pop(stream), options.pop(kept, False)
+        x, keep = options.pop(stream).contiguous(), options.pop(kept, False)  # block 0 is handed a transposed view
         entry = kv_cache[block_idx] if kv_cache else {}  # the text pass of a rollout is given an empty list
         x, *new = block(self, x, keep, tuple(options), tuple(options.values()), tuple(entry), tuple(entry.values()))
         return x, dict(zip(written, new)) if keep else None
@@ -105,22 +105,25 @@ def arguments(model, args, kwargs):
         sizes = given.pop("rope_temporal_size", 4), given.pop("start_rope_start_idx", 0)
         given["freqs_cos"], given["freqs_sin"] = rotary_table(model, *sizes, x.shape[2], tuple(x.shape[3:]), x.device)
     frames = free_lengths(given, keep, ("k_vision", "v_vision"), x.shape[3] * x.shape[4])
-    if keep:
-        given |= {name: of_any_length(given[name], 0) for name in ("freqs_cos", "freqs_sin")}
+    for name in ("freqs_cos", "freqs_sin"):
+        given[name] = of_any_length(given[name], 0) if keep else plain(given[name])
+        if not keep:
+            settle_sizes(given[name], None)
     return (), given, frames
 
 
 def free_lengths(given: dict, keep: bool, cached: tuple[str, str], tokens: int) -> int:
     """Let a call's lengths of context and cache change from call to call, in place; the number of latents of context that it reads or
     encodes. keep: it encodes; cached: names of a cache entry's keys and values of latents; tokens: in a latent."""
-    given["hidden_states"] = given["hidden_states"].contiguous()
-    given |= {name: plain(given[name]) for name in ("viewmats", "Ks", "action", "timestep")}
+    given |= {name: plain(given[name].contiguous()) for name in ("hidden_states", "viewmats", "Ks", "action", "timestep")}
     # A context encoding reads no cached latents, and does not hold on to what it replaces.
     given["kv_cache"] = [{**entry, **dict.fromkeys(cached)} if keep else dict(entry) for entry in given["kv_cache"]]
     if keep:
         free = {"hidden_states": 2, "viewmats": 1, "Ks": 1, "action": 1, "timestep": 0}
         given |= {name: of_any_length(given[name], dim) for name, dim in free.items()}
         return given["hidden_states"].shape[2]
+    for name in ("hidden_states", "viewmats", "Ks", "action", "timestep"):  # a chunk's are no sizes to learn from other calls
+        settle_sizes(given[name], None)
     for entry in given["kv_cache"]:
         entry |= {name: of_any_length(entry[name], 2) for name in cached if entry[name] is not None}
     keys = given["kv_cache"][0][cached[0]]
