@@ -5,7 +5,7 @@
     python benchmarks/worldplay.py UPSTREAM_TREE --chunks 4 --variants eager exact --trajectory forward_back
 
 Random weights show time, memory and identities, not quality. "Inductor" is preset "off": the family prepares the model, nothing is
-rewritten. Distances are relative L2: of the latents at the end (each rollout follows its own path), and at equal inputs, those of the last
+rewritten. The first run compiles and is not counted. Distances are relative L2: of the latents at the end (each rollout follows its own path), and at equal inputs, those of the last
 chunk with upstream's selection, of keys and values layer by layer and of the velocity step by step.
 """
 
@@ -18,6 +18,7 @@ import os
 import pathlib
 import sys
 import time
+import warnings
 
 import torch
 
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--trajectory", choices=("left_right", "forward_back"), default="left_right")
     parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor")
+    parser.add_argument("--warm-chunks", type=int, default=16, help="chunks of the first run, which compiles")
     parser.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="options of ours over each variant's")
     parser.add_argument("--no-equal-inputs", action="store_true", help="leave out the distances at equal inputs")
     args = parser.parse_args()
@@ -50,12 +52,14 @@ def main() -> None:
 
     setting = Setting(args)
     print(f"torch {torch.__version__}, {setting.where}, {args.size}, {len(setting.model.double_blocks)} blocks, {args.chunks} chunks, {args.trajectory}")
-    print("| variant | selection s | context s | denoising s | DiT core s | of eager | first run s more | peak GiB | graphs | context latents | calls | distance |")
+    print("| variant | selection s | context s | denoising s | DiT core s | of eager | first run s | peak GiB | graphs | context latents | calls | distance |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     rows: dict[str, Row] = {}
     for name in args.variants:
         rows[name] = setting.measure(name)
         print(rows[name].line(name, rows.get("eager")), flush=True)
+        if rows[name].waits:
+            print(f"{name} waits for the device at: {rows[name].waits}", flush=True)
     if not args.no_equal_inputs:
         for name in ("sparse", "all"):
             if name in args.variants:
@@ -63,8 +67,9 @@ def main() -> None:
 
 
 class Row:
-    def __init__(self, seconds, first, peak, graphs, kept, calls, latents) -> None:
+    def __init__(self, seconds, first, peak, graphs, kept, calls, latents, waits) -> None:
         self.seconds, self.first, self.peak, self.graphs, self.kept, self.calls, self.latents = seconds, first, peak, graphs, kept, calls, latents
+        self.waits = waits
 
     @property
     def core(self) -> float:
@@ -73,16 +78,17 @@ class Row:
     def line(self, name: str, eager: Row | None) -> str:
         s = self.seconds
         cells = [name, *(f"{s[k]:.2f}" for k in ("selection", "context", "denoising")), f"{self.core:.2f}",
-                 f"{eager.core / self.core:.2f}x" if eager else "", f"{max(self.first - sum(s.values()), 0):.0f}", f"{self.peak:.2f}" if self.peak else "",
+                 f"{eager.core / self.core:.2f}x" if eager else "", f"{self.first:.0f}", f"{self.peak:.2f}" if self.peak else "",
                  str(self.graphs), str(self.kept), str(self.calls), f"{relative(self.latents, eager.latents):.1e}" if eager else ""]
         return f"| {' | '.join(cells)} |"
 
 
 class Stages:
-    """Wraps what a rollout calls, and adds up seconds and calls by stage."""
+    """Wraps what a rollout calls, and adds up seconds and calls by stage. keep: also the inputs of the last chunk's calls, which holds its
+    keys and values."""
 
     def __init__(self, sync) -> None:
-        self.sync = sync
+        self.sync, self.keep = sync, False
         self.clear()
 
     def clear(self) -> None:
@@ -104,9 +110,9 @@ class Stages:
         def call(*args, **kwargs):
             stage = "text" if kwargs.get("ar_txt_inference") else "context" if kwargs["cache_vision"] else "denoising"
             self.kept += kwargs["hidden_states"].shape[2] if stage == "context" else 0
-            if stage == "context":
+            if self.keep and stage == "context":
                 self.last = {"context": kwargs, "steps": []}
-            elif stage == "denoising" and self.last:
+            elif self.keep and stage == "denoising" and self.last:
                 self.last["steps"].append(kwargs)
             return self.timed(stage, lambda: run(*args, **kwargs))
 
@@ -171,10 +177,14 @@ class Setting:
         cuda = self.device.type == "cuda"
         pipe, undo = self.attached(name)
         try:
-            start = time.perf_counter()
-            self.rollout(pipe)
-            self.stages.sync()
-            first = time.perf_counter() - start
+            first, syncs = 0.0, ""
+            if VARIANTS[name] is not None:  # compile, and look for copies that wait
+                pipe.chunk_num, start = min(self.args.chunks, self.args.warm_chunks), time.perf_counter()
+                self.rollout(pipe)
+                self.stages.sync()
+                first = time.perf_counter() - start
+                syncs = self.waits(pipe) if cuda else ""
+                pipe.chunk_num = self.args.chunks
             self.stages.clear()
             if cuda:
                 torch.cuda.empty_cache()
@@ -182,18 +192,28 @@ class Setting:
             latents = self.rollout(pipe)
         finally:
             undo()
-        self.stages.last = {}
         peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        return Row(dict(self.stages.seconds), first, peak, graphs, self.stages.kept, self.stages.calls["denoising"], latents)
+        return Row(dict(self.stages.seconds), first, peak, graphs, self.stages.kept, self.stages.calls["denoising"], latents, syncs)
+
+    def waits(self, pipe) -> str:
+        """Where a chunk's calls wait for the device, by PyTorch's own warnings; the stages' own waits are none."""
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            self.rollout(pipe)
+            torch.cuda.set_sync_debug_mode("default")
+        places = collections.Counter(f"{pathlib.Path(w.filename).name}:{w.lineno}" for w in seen if "synchroniz" in str(w.message))
+        return ", ".join(f"{place} {count}x" for place, count in places.most_common()) or "none"
 
     def at_equal_inputs(self, name: str) -> str:
         """Distances of one chunk's keys and values, layer by layer, and velocities, step by step, from the dense model's."""
         self.stages.clear()
+        self.stages.keep = True
         pipe, undo = self.attached("eager")
         self.rollout(pipe)
         undo()
-        inputs = self.stages.last
+        self.stages.keep, inputs, self.stages.last = False, self.stages.last, {}
         torch._dynamo.reset()
         with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
             run = lambda model: [model(**inputs["context"]), *(model(**step)[0] for step in inputs["steps"])]

@@ -52,7 +52,7 @@ def main() -> None:
     print("| variant | call | ms | of eager | of Inductor | error | first call s | peak GiB |\n|---|---|---:|---:|---:|---:|---:|---:|")
     times: dict[tuple[str, str], float] = {}
     for name in args.variants:
-        for call, (ms, first, peak, got) in calls.measure(name, args).items():
+        for call, ms, first, peak, got in calls.measure(name, args):
             times[name, call] = ms
             of = lambda peer: f"{times[peer, call] / ms:.2f}x" if (peer, call) in times else ""
             error = f"{distance(got, want[call]):.1e}" if want else ""
@@ -114,14 +114,14 @@ class Calls:
     def outputs(self, model, half: bool) -> dict:
         return {call: keep(once()) for call, once in self.runs(model, half).items()}
 
-    def measure(self, name: str, args) -> dict:
+    def measure(self, name: str, args):
+        """(call, ms, seconds of the first, peak GiB, result), one by one."""
         import li_compile
 
         torch._dynamo.reset()
         cuda, model = self.setting.device.type == "cuda", self.setting.model
         sync = torch.cuda.synchronize if cuda else lambda: None
         fast = model if VARIANTS[name] is None else li_compile.compile(model, self.setting.config(name))
-        done = {}
         for call, once in self.runs(fast).items():
             start = time.perf_counter()
             out = keep(once())
@@ -139,12 +139,11 @@ class Calls:
                 sync()
                 taken.append(time.perf_counter() - start)
             peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0
-            done[call] = statistics.median(taken) * 1e3, first, peak, out
+            yield call, statistics.median(taken) * 1e3, first, peak, out
             if args.profile:
                 profile(f"{name}, {call}", once, cuda)
         if fast is not model:
             fast.detach()
-        return done
 
     def floors(self, tflops: float) -> dict[str, tuple[float, float]]:
         """{call: ms of dense attention, ms of everything else that is a product}"""
