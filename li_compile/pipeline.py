@@ -51,9 +51,9 @@ from li_compile.report import GraphReport, VariantReport
 from li_compile.reuse import apply_reuse, describe, found_loop
 
 
-# In this order: values that are written in place cannot be moved, rows are found before equal nodes are merged (which hides
-# none), regions are compared before values are moved out of them.
-EXACT = (functional_writes, real_arithmetic, equal_rows, small_products, merge_regions, invariants, dead_tails)
+# In this order: of equal regions the others then see one, values that are written in place cannot be moved, rows are found before equal
+# nodes are merged (which hides none).
+EXACT = (merge_regions, functional_writes, real_arithmetic, equal_rows, small_products, invariants, dead_tails)
 
 
 @dataclasses.dataclass
