@@ -135,6 +135,12 @@ def _check(x, order, packed, means, block_size, sub_blocks, encoding: Encoding, 
         raise ValueError(f"means must have {sub_blocks} rows for each of {packed.shape[2] // block_size} blocks; found {tuple(means.shape)}.")
     if packed.dtype != x.dtype or packed.stride(3) != 1 or means.stride(3) != 1 or packed.stride(2) != dim or means.stride(2) != dim:
         raise ValueError("packed must have the dtype of x, and packed and means rows that lie one after the other.")
+    check_encoding(x, encoding)
+
+
+def check_encoding(x: Tensor, encoding: Encoding) -> None:
+    """Raise ValueError if its tables do not fit x [B, H, L, D]."""
+    batch, _, length, dim = x.shape
     if encoding.norm is not None and encoding.norm.shape != (dim,):
         raise ValueError(f"norm must be [{dim}]; found {tuple(encoding.norm.shape)}.")
     if (encoding.cos is None) != (encoding.sin is None):
@@ -152,6 +158,23 @@ def _supports_cpu(x, *args) -> str | None:
     return None if x.device.type == "cpu" else f"it needs CPU tensors, found {x.device.type}"
 
 
+def branches(x: Tensor, encoding: Encoding) -> list[Tensor]:
+    """What becomes of x, in plain PyTorch, in fp32 (fp64 for fp64): one [B, H, L, D] a branch."""
+    compute = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(compute)
+    if encoding.norm is not None:
+        y = (y * (y.square().mean(-1, keepdim=True) + encoding.eps).rsqrt()).to(x.dtype).to(compute) * encoding.norm.to(compute)
+    first = y
+    if encoding.cos is not None:
+        pairs = y.unflatten(-1, (-1, 2))
+        turned = torch.stack((-pairs[..., 1], pairs[..., 0]), -1).flatten(-2)
+        first = y * encoding.cos.to(compute) + turned * encoding.sin.to(compute)
+    if encoding.camera is None:
+        return [first]
+    groups = y.unflatten(-1, (-1, 4)).unflatten(2, (encoding.camera.shape[1], -1))  # [B, H, F, S, D / 4, 4]
+    return [first, torch.einsum("bfij,bhfscj->bhfsci", encoding.camera.to(compute), groups).flatten(-2).flatten(2, 3)]
+
+
 def _run_torch(x, order, packed, means, block_size, sub_blocks, encoding: Encoding) -> None:
     """In plain PyTorch, on any device, in fp32 (fp64 for fp64): the meaning that the kernel is tested against."""
     batch, _, length, dim = x.shape
@@ -161,20 +184,7 @@ def _run_torch(x, order, packed, means, block_size, sub_blocks, encoding: Encodi
         else:
             torch.index_select(x, 2, order, out=packed[:, :, :length])
     else:
-        compute = means.dtype
-        y = x.to(compute)
-        if encoding.norm is not None:
-            y = (y * (y.square().mean(-1, keepdim=True) + encoding.eps).rsqrt()).to(x.dtype).to(compute) * encoding.norm.to(compute)
-        first = y
-        if encoding.cos is not None:
-            pairs = y.unflatten(-1, (-1, 2))
-            turned = torch.stack((-pairs[..., 1], pairs[..., 0]), -1).flatten(-2)
-            first = y * encoding.cos.to(compute) + turned * encoding.sin.to(compute)
-        branches = [first]
-        if encoding.camera is not None:
-            groups = y.unflatten(-1, (-1, 4)).unflatten(2, (encoding.camera.shape[1], -1))  # [B, H, F, S, D / 4, 4]
-            branches.append(torch.einsum("bfij,bhfscj->bhfsci", encoding.camera.to(compute), groups).flatten(-2).flatten(2, 3))
-        for i, branch in enumerate(branches):
+        for i, branch in enumerate(branches(x, encoding)):
             rows = branch if order is None else branch.index_select(2, order)
             packed[i * batch : (i + 1) * batch, :, :length].copy_(rows)
     packed[:, :, length:].zero_()
@@ -203,21 +213,26 @@ def _supports_triton(x, order, packed, means, block_size, sub_blocks, encoding: 
 
 
 def _run_triton(x, order, packed, means, block_size, sub_blocks, encoding: Encoding) -> None:
+    launch(x, order, packed, means, block_size // sub_blocks, means.shape[2], encoding)
+
+
+def launch(x, order, packed, means, rows: int, parts: int, encoding: Encoding) -> None:
+    """The kernel over so many parts of so many rows; means: None to write tokens alone, without padding."""
     from ._pack_kernel import pack_kernel
 
     x = x if x.stride(-1) == 1 else x.contiguous()
     batch, heads, length, dim = x.shape
-    rows = block_size // sub_blocks
     whole = lambda t: x if t is None else t.contiguous()
     camera = encoding.camera
     together = heads_together(heads, encoding)
     with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
-        pack_kernel[(heads // together, means.shape[2], batch)](
-            x, whole(order), whole(encoding.norm), whole(encoding.cos), whole(encoding.sin), whole(camera), packed, means,
-            *x.stride()[:3], *packed.stride()[:2], *means.stride()[:2], 0 if camera is None else camera.shape[1] * 16,
+        pack_kernel[(heads // together, parts, batch)](
+            x, whole(order), whole(encoding.norm), whole(encoding.cos), whole(encoding.sin), whole(camera), packed, packed if means is None else means,
+            *x.stride()[:3], *packed.stride()[:2], *((0, 0) if means is None else means.stride()[:2]), 0 if camera is None else camera.shape[1] * 16,
             batch, length, 1 if camera is None else length // camera.shape[1], encoding.eps,
             DIM=dim, ROWS=rows, HEADS=together, ORDERED=order is not None, NORMED=encoding.norm is not None,
-            ROTATED=encoding.cos is not None, PROJECTED=camera is not None, num_warps=8 if rows * dim > 8192 else 4,
+            ROTATED=encoding.cos is not None, PROJECTED=camera is not None,
+            BLOCKED=means is not None, num_warps=8 if rows * dim > 8192 else 4,
         )  # fmt: skip
 
 

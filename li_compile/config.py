@@ -71,6 +71,7 @@ class ExactConfig(_Section):
     equal_rows: what is computed token by token of a value repeated over tokens is computed once a value.
     invariants: what layers or steps compute alike is computed once.
     dead_tails: a block computes only those of its outputs that are read.
+    encode: norm, rotary and camera encodings of queries, keys and values are one operator, where there is a kernel for it.
     small_products: small matrices over many vectors, as of cameras, are written out as products and sums, which compilers fuse.
     merge_regions: equal blocks are compiled once.
     shared_steps: the model that a sampling loop calls N times is compiled once and called N times.
@@ -86,6 +87,7 @@ class ExactConfig(_Section):
     equal_rows: bool = option(True, FLAG)
     invariants: bool = option(True, FLAG)
     dead_tails: bool = option(True, FLAG)
+    encode: bool = option(True, FLAG)
     small_products: bool = option(True, FLAG)
     merge_regions: bool = option(True, FLAG)
     shared_steps: bool = option(True, FLAG)

@@ -19,6 +19,7 @@ from li_compile.config import Config
 from li_compile.errors import ConfigError, PatternError, RewriteError
 from li_compile.passes.cost import cost
 from li_compile.passes.dead_tails import dead_tails
+from li_compile.passes.encode import encode
 from li_compile.passes.equal_rows import equal_rows
 from li_compile.passes.forward_stores import forward_stores
 from li_compile.passes.functional_writes import functional_writes
@@ -53,7 +54,7 @@ from li_compile.reuse import apply_reuse, describe, found_loop
 
 # In this order: of equal regions the others then see one, values that are written in place cannot be moved, rows are found before equal
 # nodes are merged (which hides none).
-EXACT = (merge_regions, functional_writes, real_arithmetic, equal_rows, small_products, invariants, dead_tails)
+EXACT = (merge_regions, functional_writes, real_arithmetic, equal_rows, encode, small_products, invariants, dead_tails)
 
 
 @dataclasses.dataclass

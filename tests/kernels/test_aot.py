@@ -150,13 +150,17 @@ def test_undefined_descriptors_are_found():
     assert undefined_descriptors(code.format(jump="NOP")) == []
 
 
+ENCODED = {"HEADS": 4, "NORMED": True, "ROTATED": True, "PROJECTED": True}
+
+
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("flags", [{}, {"HEADS": 4, "NORMED": True, "ROTATED": True, "PROJECTED": True}], ids=["plain", "encoded"])
+@pytest.mark.parametrize("flags", [{}, ENCODED, ENCODED | {"BLOCKED": False, "ORDERED": False}], ids=["plain", "encoded", "encode"])
 def test_pack(flags, capability, tmp_path):
     from li_compile.kernels._pack_kernel import pack_kernel as kernel
 
     tool("ptxas")
-    constants = {"DIM": 128, "ROWS": 32, "HEADS": 1, "ORDERED": True, "NORMED": False, "ROTATED": False, "PROJECTED": False} | flags
+    constants = {"DIM": 128, "ROWS": 32, "HEADS": 1, "ORDERED": True, "NORMED": False, "ROTATED": False, "PROJECTED": False,
+                 "BLOCKED": True} | flags  # fmt: skip
     signature = typed(kernel, constants, ("bf16", "X NORM OUT"), ("fp32", "COS SIN CAMERA MEANS"), ("i64", "ORDER"), eps="fp32")
     compiled = aot_compile(kernel, signature, constants, capability, num_warps=4, num_stages=3)
     used = resources(compiled.asm["cubin"], tmp_path)

@@ -5,6 +5,7 @@ import torch
 
 from li_compile.kernels import pack, pack_, use_provider
 from li_compile.kernels._compat import has_triton, interpreting
+from li_compile.kernels.encode import encode, has_encode_kernel
 from li_compile.kernels.layout import tile_order
 
 GPU = torch.cuda.is_available() and not interpreting()
@@ -86,6 +87,28 @@ def test_encodings(case, parts):
     packed, means = pack(x, order, BLOCK, SUB, **given)
     assert packed.shape[0] == (4 if "camera" in parts else 2)
     check(packed, means, encoded(x, **given), order, case[0])
+
+
+@pytest.mark.parametrize("parts", ["norm", "cos sin", "camera", "norm cos sin camera"])
+def test_encode_alone(case, parts):
+    """Tokens as they come: nothing is padded, and what lies behind the result is not touched."""
+    x, _ = make(case)
+    given = {name: value for name, value in table(x, 3).items() if name in parts.split()}
+    got = encode(x, **given)
+    want = encoded(x, **given)
+    assert got.shape == want.shape and got.dtype == x.dtype and got.is_contiguous()
+    assert (got.double() - want).norm() / want.norm() <= BOUND[case[0]]
+
+
+def test_an_operator_like_any_other():
+    x = torch.randn(2, 4, 6, 8).transpose(1, 2)
+    tables = {"norm": torch.rand(8), "cos": torch.rand(4, 8), "sin": torch.rand(4, 8), "camera": torch.rand(2, 2, 4, 4)}
+    torch.library.opcheck(torch.ops.li.encode.default, (x,), tables, test_utils=("test_schema", "test_faketensor"))
+    assert encode(x[:, :, :0]).shape == (2, 6, 0, 8)
+    with pytest.raises(ValueError, match="camera must be"):
+        encode(x, camera=torch.rand(2, 3, 4, 4))
+    there, why = has_encode_kernel(x)
+    assert there == interpreting() or "GPU" in why or "Triton" in why or "power of two" in why
 
 
 def test_one_camera_a_frame_equals_one_a_token(case):
