@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -36,7 +37,33 @@ def inductor(module: torch.fx.GraphModule, inputs: Sequence[Any], patches: dict[
     from torch._inductor.compile_fx import compile_fx
 
     place = "post_grad_custom_post_pass"
-    return compile_fx(module, list(inputs), config_patches={**patches, place: DigestPass(digest, patches.get(place))})
+    with _schemas_once():
+        return compile_fx(module, list(inputs), config_patches={**patches, place: DigestPass(digest, patches.get(place))})
+
+
+@contextlib.contextmanager
+def _schemas_once() -> Iterator[None]:
+    """Let AOTAutograd trace a region once and not at every call, twice, to learn whether it writes to what it is handed, which all calls
+    of one region with operands of the same kinds have in common (2.11 to 2.14: ``invoke_subgraph.gen_schema``)."""
+    region, known = torch.ops.higher_order.invoke_subgraph, {}
+    derive = region.gen_schema
+    kind = lambda x: (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, torch.Tensor) and not _is_symbolic(x) else type(x)
+
+    def gen_schema(subgraph, identifier, *operands):
+        key = subgraph, identifier, tuple(map(kind, operands))
+        if key not in known:
+            known[key] = derive(subgraph, identifier, *operands)
+        return known[key]
+
+    region.gen_schema = gen_schema
+    try:
+        yield
+    finally:
+        del region.gen_schema
+
+
+def _is_symbolic(x: torch.Tensor) -> bool:
+    return any(isinstance(n, torch.SymInt) for n in (*x.shape, *x.stride()))
 
 
 def as_traced(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
