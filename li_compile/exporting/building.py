@@ -18,6 +18,7 @@ from li_compile.compiling import with_family
 from li_compile.config import Config
 from li_compile.errors import BackendUnavailable, ExportError
 from li_compile.exporting import weights
+from li_compile.exporting.inputs import family_inputs
 from li_compile.exporting.lowering import check_choice, lower_operators
 from li_compile.exporting.manifest import CallEntry, Manifest, Tensor, VariantEntry, context_data, device_of, versions
 from li_compile.exporting.program import Program, bind_weights, make_program
@@ -26,7 +27,7 @@ from li_compile.exporting.targets import target_module
 from li_compile.exporting.trace import Traced, trace
 from li_compile.exporting.variants import Variant, variants, wanted
 from li_compile.patterns.graph import placeholders, value
-from li_compile.patterns.preparation import prepare
+from li_compile.patterns.preparation import arguments_of, prepare
 from li_compile.pipeline import family_of
 from li_compile.reuse import why_not
 
@@ -126,7 +127,7 @@ class _Job:
             traced = []
             for i, (args, kwargs) in enumerate(self.calls):
                 progress("tracing", i, len(self.calls))
-                traced.append(trace(self.model, args, kwargs, self.config))
+                traced.append(trace(self.model, *family_inputs(self.model, args, kwargs, self.config), self.config))
         finally:
             prepared.undo()
         tensors = _rename(traced)
@@ -188,6 +189,8 @@ class _Job:
 
     def _notes(self, report: ExportReport) -> list[str]:
         notes, ways = [], {o["lowering"] for v in report.variants for o in v.operators}
+        if (family := family_of(self.config)) is not None and arguments_of(self.model, family, False) is not None:
+            notes.append(f"Inputs are those that family {family.name} makes of a call's: li_compile.exporting.family_inputs(model, args, kwargs) gives them.")
         if ways & {"operator", "segment"}:
             notes.append("Operators of li_compile are called from this artifact: import li_compile.kernels before running it without li_compile.load.")
         if "domain" in ways:
