@@ -53,8 +53,10 @@ def export(model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
             the device. It has no quality guard (``cache.guard``).
         sparse: what becomes of block-sparse attention. "native": written out in standard operators; "segment": our operator,
             called from the program (in TensorRT, by PyTorch between two engines); "plugin": a custom operator of the runtime (in
-            ONNX, of the domain ``li_compile``); "auto": what suits the target.
-        strict: raise where a graph could only be exported in part, or would need li_compile or a plugin in an engine.
+            ONNX, of the domain ``li_compile``); "auto": what suits the target. What cannot be written out is dense attention in ONNX,
+            and a segment in TensorRT; the report says why.
+        strict: raise where a graph could only be exported in part, with dense attention in place of sparse, or would need li_compile
+            or a plugin in an engine.
         also: further (args, kwargs) with which the model is called, such as without context for the first chunk.
         progress: called with (what, done, of how many) as variants are built.
 
@@ -193,6 +195,8 @@ class _Job:
             notes.append(f"Inputs are those that family {family.name} makes of a call's: li_compile.exporting.family_inputs(model, args, kwargs) gives them.")
         if ways & {"operator", "segment"}:
             notes.append("Operators of li_compile are called from this artifact: import li_compile.kernels before running it without li_compile.load.")
+        if "dense" in ways:
+            notes.append("Attention that the config makes sparse is dense in this artifact; the table says which and why.")
         if "domain" in ways:
             notes.append("Nodes of the domain li_compile are left in this graph: a runtime needs an implementation of them.")
         if self.gates == "device" and self.config.cache.guard is not None:

@@ -1,4 +1,4 @@
-"""What becomes of our operators in an artifact: kept as they are, written out in ATen operators, or named for another runtime."""
+"""What becomes of our operators in an artifact: kept as they are, written out in ATen operators (dense, where their sparsity cannot be), or named for another runtime."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ from li_compile.patterns.graph import value
 CHOICES = ("auto", "native", "plugin", "segment")
 GATHER_MOST = 8.0  # times the keys and values' own bytes that gathering blocks may write
 
-#: Target -> what "auto" tries, in order. operator: called as it is; domain: a node of the ONNX domain li_compile.
-AUTO = {"exported_program": ("operator",), "aot_inductor": ("operator",), "onnx": ("native", "domain"), "tensorrt": ("native", "segment")}
+#: Target -> what "auto" tries, in order. operator: called as it is; dense: written out with nothing left out; domain: a node of the ONNX
+#: domain li_compile.
+AUTO = {"exported_program": ("operator",), "aot_inductor": ("operator",), "onnx": ("native", "dense", "domain"), "tensorrt": ("native", "segment")}
 ASKED = {
     "exported_program": {"native": ("native", "operator"), "segment": ("operator",)},
     "aot_inductor": {"native": ("native", "operator"), "segment": ("operator",)},
-    "onnx": {"native": ("native", "domain"), "plugin": ("domain",)},
+    "onnx": {"native": ("native", "dense", "domain"), "plugin": ("domain",)},
     "tensorrt": {"native": ("native", "segment"), "segment": ("segment",)},
 }
+#: The settings of our operators under which nothing is left out.
+EVERYTHING = {"topk_ratio": 1.0, "prefill_ratio": 1.0, "head_ratios": [], "summary": False}
 NEEDED = {
     "operator": "li_compile must be importable where it is loaded",
+    "dense": "attention is dense here, in standard operators",
     "domain": "the runtime needs an implementation of the domain li_compile",
     "segment": "runs in PyTorch between two engines, with li_compile",
 }
@@ -44,7 +48,7 @@ def check_choice(target: str, sparse: str) -> None:
 def lower_operators(graph: GraphModule, target: str, sparse: str, strict: bool) -> list[dict[str, Any]]:
     """Lower every call of an operator of ours, in place, and say how, one row for all calls alike.
 
-    Rows: operator, calls, lowering, why. Raises ExportError under strict where the artifact would need li_compile or a plugin.
+    Rows: operator, calls, lowering, why. Raises ExportError under strict where the artifact would need li_compile or a plugin, or be dense.
     """
     rows: Counter = Counter()
     for module in (graph, *(m for _, m in graph.named_children() if isinstance(m, GraphModule))):
@@ -53,9 +57,9 @@ def lower_operators(graph: GraphModule, target: str, sparse: str, strict: bool) 
             if name is None:
                 continue
             how, why = _lower(node, name, AUTO[target] if sparse == "auto" else ASKED[target][sparse])
-            if strict and how in ("domain", "segment"):
-                raise ExportError(f"{name} cannot be part of {'an ONNX graph of standard operators' if how == 'domain' else 'an engine'}: {why}. "
-                                  "Export without strict, or switch off what needs it in the config")
+            if strict and how in ("dense", "domain", "segment"):
+                place = "an engine" if how == "segment" else "an ONNX graph of standard operators" + (" as it is" if how == "dense" else "")
+                raise ExportError(f"{name} cannot be part of {place}: {why}. Export without strict, or switch off what needs it in the config")
             rows[name, how, why] += 1
         module.recompile()
     return [{"operator": name, "calls": calls, "lowering": how, "why": why} for (name, how, why), calls in rows.items()]
@@ -82,6 +86,12 @@ def _lower(node: Node, name: str, ways: tuple[str, ...]) -> tuple[str, str]:
                     node.kwargs = {**node.kwargs, "share": share}
                 return "native", how
             reasons.append(reason)
+            continue
+        if way == "dense":
+            given = arguments | {a: x for a, x in EVERYTHING.items() if a in arguments}
+            if why_not_native(name, given) is None:
+                node.target, node.args, node.kwargs = NATIVE[name], (), given
+                return "dense", "; ".join([*reasons, NEEDED["dense"]])
             continue
         why = NEEDED[way]
         if way == "domain":
