@@ -18,8 +18,9 @@ from li_compile.compiling import with_family
 from li_compile.config import Config
 from li_compile.errors import BackendUnavailable, ExportError
 from li_compile.exporting import weights
+from li_compile.exporting.advice import advise
 from li_compile.exporting.inputs import family_inputs
-from li_compile.exporting.lowering import check_choice, lower_operators
+from li_compile.exporting.lowering import check_choice, lower_operators, lowered
 from li_compile.exporting.manifest import CallEntry, Manifest, Tensor, VariantEntry, context_data, device_of, versions
 from li_compile.exporting.program import Program, bind_weights, make_program
 from li_compile.exporting.report import ExportReport, VariantRow
@@ -120,6 +121,7 @@ class _Job:
         if not callable(model) or isinstance(model, type):
             raise ExportError(f"{type(model).__name__} is neither a module nor a function")
         self.model, self.config = model, with_family(Config() if config is None else config, model)
+        self.engine_rows: list[dict[str, Any]] = []  # what would become of our operators in TensorRT
         self.calls = [(tuple(args), dict(kwargs or {})), *((tuple(a), dict(k)) for a, k in also)]
 
     def run(self, folder: pathlib.Path | None, progress: Progress) -> ExportReport:
@@ -159,11 +161,12 @@ class _Job:
                               "steps may be reused under this config"))
         if folder is not None and self.target.HOLDS_WEIGHTS:  # what is left are caches, as they are at the start
             aliases = weights.save({a.name: tensors[a.name] for e in entries for v in e.variants for a in v.arguments if a.weight}, folder)
-        report.notes = self._notes(report)
+        device = device_of([f for t in traced for f in t.fakes if isinstance(f, torch.Tensor)])
+        report.notes, report.advice = self._notes(report), advise(self.engine_rows, device)
         report.left_alone = [{"pattern": pattern, "reason": reason, "where": where} for pattern, reason, where in missed]
         if folder is not None:
-            manifest = Manifest(self.name, self.gates, self.config.to_options(), device_of([f for t in traced for f in t.fakes if isinstance(
-                f, torch.Tensor)]), versions(*self.target.PACKAGES), entries, aliases, report.notes)
+            manifest = Manifest(self.name, self.gates, self.config.to_options(), device, versions(*self.target.PACKAGES), entries, aliases,
+                                report.notes)
             progress("writing", todo, todo)
             manifest.write(folder)
             report.size = sum(f["bytes"] for f in manifest.files.values())
@@ -176,6 +179,7 @@ class _Job:
 
     def _variant(self, traced: Traced, variant: Variant, call: int, folder: pathlib.Path | None, aliases, note) -> tuple[VariantEntry, VariantRow]:
         start, name = time.perf_counter(), f"call{call}_{variant.name}"
+        self.engine_rows += lowered(variant.graph, "tensorrt", self.sparse if self.name == "tensorrt" else "auto")
         operators = lower_operators(variant.graph, self.name, self.sparse, self.strict)
         row = VariantRow(call, variant.name, variant.kept, variant.reuse, variant.report.counts(), operators)
         if folder is None:
