@@ -14,6 +14,9 @@ from li_compile import _compat, patterns
 from li_compile.breaks import breaks_met, ended, preparation_of
 from li_compile.compiling import with_family
 from li_compile.config import Config
+from li_compile.exporting.advice import advise
+from li_compile.exporting.lowering import lowered
+from li_compile.exporting.manifest import device_of
 from li_compile.outlines import outline
 from li_compile.passes.cost import Product, products
 from li_compile.patterns.attention import ROLE_NAMES
@@ -75,6 +78,8 @@ def _trace(fn: Callable[..., Any], args: tuple, kwargs: dict, report: Report, co
     """Trace into the report. Returns the context lengths that were constants, of graphs that were not rewritten for that
     reason; settled: rewrite in any case."""
     constant: set[int] = set()
+    inputs: list[Any] = []
+    engines: list[dict[str, Any]] = []  # what would become of our operators in TensorRT
 
     def record(module, example_inputs):
         fakes = [value(p) for p in placeholders(module.graph)]
@@ -84,7 +89,8 @@ def _trace(fn: Callable[..., Any], args: tuple, kwargs: dict, report: Report, co
         lengths = set() if settled else constant_lengths(facts)
         constant.update(lengths)
         if not lengths:
-            _rewrite(facts, fakes, graph, report, config)
+            engines.extend(_rewrite(facts, fakes, graph, report, config))
+            inputs.extend(f for f in fakes if isinstance(f, torch.Tensor))
         results = next(n for n in module.graph.nodes if n.op == "output").args[0]
         return lambda *real: tuple(_zeros(value(r)) if isinstance(r, torch.fx.Node) else r for r in results)
 
@@ -102,11 +108,14 @@ def _trace(fn: Callable[..., Any], args: tuple, kwargs: dict, report: Report, co
         report.breaks.extend([*met, ended(error, tried)])
     finally:
         torch._dynamo.reset()
+    report.advice = advise(engines, device_of(inputs), len(report.breaks)) if inputs else None
     return constant
 
 
-def _rewrite(facts: Facts, fakes: list[Any], graph: GraphReport, report: Report, config: Config) -> None:
-    """Build each variant that is worth showing, and price the graph, its sites and what every pass does."""
+def _rewrite(facts: Facts, fakes: list[Any], graph: GraphReport, report: Report, config: Config) -> list[dict[str, Any]]:
+    """Build each variant that is worth showing, and price the graph, its sites and what every pass does. Returns what would become of
+    our operators in TensorRT."""
+    engines: list[dict[str, Any]] = []
     groups: dict[tuple[str, str], list[patterns.AttentionSite]] = {}
     for site in facts.sites:  # the same line, matched alike, in every layer and step of a graph without regions, is one
         groups.setdefault((source_line(site.node), _pattern(site)), []).append(site)
@@ -133,6 +142,7 @@ def _rewrite(facts: Facts, fakes: list[Any], graph: GraphReport, report: Report,
             last = now
 
         module, variant = build(facts, config, static, mode, kept=kept, reuse=reuse, observe=observe)
+        engines += lowered(module, "tensorrt")
         after = list(products(module))
         variant.ms, variant.effects, variant.outline = price(after).ms, effects, outline(module)
         graph.variants.append(variant)
@@ -142,6 +152,7 @@ def _rewrite(facts: Facts, fakes: list[Any], graph: GraphReport, report: Report,
             for p in mine:
                 operators[name_of(p.node)] += p.runs
             site.after[variant.label] = price(mine), ", ".join(f"{n} {name}" for name, n in operators.items()) or "not run"
+    return engines
 
 
 def _price(machine: Machine, work: Iterable[Product]) -> Work:

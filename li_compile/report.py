@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from li_compile.breaks import Break
+    from li_compile.exporting.advice import Advice
     from li_compile.outlines import Outline
     from li_compile.roofline import Machine
 
@@ -105,7 +106,8 @@ class Report:
 
     ``graphs`` holds one GraphReport for each graph that was traced, in order; ``breaks`` the places at which tracing
     stopped; ``machine`` whose roofline the milliseconds are of (None where nothing was priced, as after compiling);
-    ``prepared``: attributes that the family's preparation changes before tracing.
+    ``prepared``: attributes that the family's preparation changes before tracing; ``advice``: which target of ``export`` suits the graphs on
+    their device and why (of ``explain`` alone).
     """
 
     options: dict[str, Any]
@@ -113,6 +115,7 @@ class Report:
     breaks: list[Break] = dataclasses.field(default_factory=list)
     machine: Machine | None = None
     prepared: list[str] = dataclasses.field(default_factory=list)
+    advice: Advice | None = None
 
     def counts(self) -> dict[str, int]:
         """Pass name -> the most sites that it rewrote in any variant, summed over graphs."""

@@ -26,6 +26,8 @@ def tables(report: Report) -> Iterator[Table | str]:
         yield f"prepared before tracing: {escape(', '.join(dict.fromkeys(report.prepared)))}"
     for one in report.breaks:
         yield f"[red]graph break:[/red] {escape(str(one))}"
+    if report.advice is not None:
+        yield escape(str(report.advice))
     if report.machine is not None:
         m = report.machine
         peak = ", ".join(f"{flops / 1e12:.3g} TFLOP/s in {dtype}" for dtype, flops in m.peak.items())

@@ -88,7 +88,10 @@ def _respell(graph: torch.fx.Graph, node: Node, method: str, tensor: Node, argum
 
 
 def _positional(node: Node) -> None:
-    """Operands given by name to their positions, which is where matching looks for them."""
+    """Operands given by name to their positions, which is where matching looks for them, and those of ATen's einsum one by one."""
+    if node.target is torch.ops.aten.einsum.default and isinstance(node.args[1], (list, tuple)) and not node.kwargs:
+        node.target, node.args = torch.functional.einsum, (node.args[0], *node.args[1])
+        return
     if node.op != "call_function" or not (calls(node, SDPA | LINEAR | CONV | CAT) or name_of(node) in READ):
         return
     names = ("query", "key", "value") if calls(node, SDPA) else ("input", "weight") if calls(node, LINEAR | CONV) \

@@ -144,7 +144,7 @@ def _select(node, x, dim):
 
 @_only_first
 def _narrow(node, x, dim):
-    return dim if argument(node, 1, "dim") % len(shape(x)) != dim else None
+    return dim if argument(node, 1, "dim", default=0) % len(shape(x)) != dim else None
 
 
 @_only_first
@@ -251,10 +251,10 @@ def _repeat_once(node: Node, rows) -> int | None:
 
 
 _RULES = {
-    **dict.fromkeys(NORMS, _norm), **dict.fromkeys(REDUCED, _reduce), **dict.fromkeys(("chunk", "split", "tensor_split"), _parts),
+    **dict.fromkeys(NORMS, _norm), **dict.fromkeys(REDUCED, _reduce), **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), _parts),
     **dict.fromkeys(("reshape", "view", "flatten", "unflatten"), _reshape), **dict.fromkeys(("transpose", "swapaxes"), _transpose),
     **dict.fromkeys(("cat", "concat", "stack"), _cat), **dict.fromkeys(("select_scatter", "slice_scatter"), _scatter),
-    "unbind": _unbind, "unsqueeze": _unsqueeze, "squeeze": _squeeze, "outer": _outer, "permute": _permute, "select": _select, "narrow": _narrow, "expand": _expand,
+    "unbind": _unbind, "unsqueeze": _unsqueeze, "squeeze": _squeeze, "outer": _outer, "permute": _permute, "select": _select, "narrow": _narrow, "slice": _narrow, "expand": _expand,
     "getitem": _getitem, "einsum": _einsum, "repeat_interleave": _repeat_once,
 }  # fmt: skip
 

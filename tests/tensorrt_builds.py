@@ -21,7 +21,7 @@ import torch_tensorrt.dynamo.conversion._TRTInterpreter as interpreter  # noqa: 
 from examples.doom_world.model import ChunkSampler, WorldConfig, WorldModel  # noqa: E402
 from test_export import SPARSE, Tokens  # noqa: E402
 from test_gated_steps import Sampler, inputs  # noqa: E402
-from tracing import TINY, seeded, world_inputs  # noqa: E402
+from tracing import TINY, dynamic, seeded, world_inputs  # noqa: E402
 
 import li_compile  # noqa: E402
 from li_compile import Config  # noqa: E402
@@ -47,7 +47,7 @@ def build(folder: pathlib.Path, model, args, options: dict, **more) -> dict:
     """An export: its variants, and the networks that were built for it."""
     networks.clear()
     report = li_compile.export(model, args, path=folder, target="tensorrt", config=Config.from_options(options), **more)
-    return {"variants": [{"name": v.name, "operators": v.operators, "caches": v.caches, "parts": v.parts} for v in report.variants],
+    return {"variants": [{"name": v.name, "passes": v.passes, "operators": v.operators, "caches": v.caches, "parts": v.parts} for v in report.variants],
             "networks": list(networks), "bytes": {p.name: p.stat().st_size for p in folder.iterdir()}, "notes": report.notes}
 
 
@@ -63,9 +63,10 @@ def main(folder: pathlib.Path) -> dict:
     tiny = WorldConfig(channels=4, height=4, width=4, dim=32, heads=2, depth=1, rope_dims=(4, 6, 6), cond_dim=16, text_dim=16, registers=4)
     chunk = ChunkSampler(seeded(WorldModel, config=tiny), steps=3)
     cache = {"preset": "cache", "cache.gate": "always"}
-    short = TINY | {"preset": "all", "sparse.skip_layers": 0, "sparse.min_context": 4, "context.enabled": False, "cache.gate": "always"}
+    pruned = TINY | {"preset": "all", "sparse.skip_layers": 0, "sparse.min_context": 4, "sparse.topk_ratio": 0.5, "context.memory_frames": 4,
+                     "context.temporal_frames": 4, "context.anchor_frames": 0, "context.fov": (60, 45)}
     made = {
-        "chunk": build(folder / "chunk", chunk, world_inputs(chunk.model, 4), short),
+        "chunk": build(folder / "chunk", chunk, dynamic(world_inputs(chunk.model, 12)), pruned),
         "gated": build(folder / "gated", Sampler(), inputs(), cache, gates="device", strict=True),
         "native": build(folder / "native", Tokens(), [torch.ones(1, 16, 8, 2, 4)], SPARSE, strict=True),
         "hybrid": build(folder / "hybrid", Tokens(), [torch.ones(1, 16, 8, 2, 4)], SPARSE, sparse="segment"),

@@ -12,7 +12,9 @@ from tracing import relative, seeded
 
 import li_compile
 from li_compile import Config
+from li_compile.exporting.trace import trace
 from li_compile.passes.index_slices import index_slices
+from li_compile.patterns.graph import placeholders
 
 CONFIG = Config.from_options(BASE)
 
@@ -84,6 +86,34 @@ def test_slices_are_indexed_once_and_only_of_caches_that_are_written():
         assert torch.equal(graph(*given())[0], program.graph_module(*given())[0])
     reading = torch.export.export(Reads(), (keys[0],), strict=True).graph_module
     assert index_slices(reading).count == 0 and operator.getitem not in [n.target for n in reading.graph.nodes]
+
+
+class Places(torch.nn.Module):
+    """Matrices made part by part, as cameras are; of the last one, a part is looked at before another write."""
+
+    def forward(self, k):
+        out = torch.zeros(k.shape[:-2] + (4, 4))
+        out[..., :3, :3] = k
+        out[:, 1:, -1, 1:3] = k[:, 1:, 0, :2]
+        out[..., 3, 3] = 1.0
+        part = out[..., 0]
+        part[..., 1] = 7.0
+        return torch.einsum("bcij,bcjk->bcik", out, out), part
+
+
+def test_parts_of_what_the_graph_makes_become_values_as_in_dynamos_graphs():
+    k = torch.randn(2, 5, 3, 3)
+    traced = trace(Places(), (k,), {}, Config())
+    graph = traced.facts.module
+    written = [n.args[1] for n in graph.graph.nodes if n.target is operator.setitem]
+    every = slice(None)
+    assert written == [(every, every, slice(0, 3), slice(0, 3)), (every, slice(1, None), -1, slice(1, 3)), (every, every, 3, 3)]
+    assert [n.args[1] for n in graph.graph.nodes if n.target is torch.ops.aten.fill_.Scalar] == [7.0]  # through a view that is read: left as it is
+    assert [n.args[0] for n in graph.graph.nodes if n.target is torch.functional.einsum] == ["bcij,bcjk->bcik"]
+    graph.recompile()
+    given = [traced.tensors[traced.weights[p.name]] if p.name in traced.weights else k for p in placeholders(graph.graph)]
+    for got, want in zip(graph(*given), Places()(k)):
+        assert torch.equal(got, want)
 
 
 class Reads(torch.nn.Module):

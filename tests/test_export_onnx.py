@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_export import SPARSE, Tokens
 from test_gated_steps import Sampler, inputs
-from tracing import TINY, relative, world_inputs
+from tracing import TINY, dynamic, relative, world_inputs
 
 import li_compile
 from li_compile import Config
@@ -66,6 +66,51 @@ def test_sparse_attention_and_a_cache_in_standard_operators(tmp_path):
     for x in torch.randn(2, 1, 16, 8, 2, 4):
         with torch.no_grad():
             assert relative(runner(x), compiled(x)) <= 1e-4
+
+
+def test_what_cannot_be_written_out_is_dense_and_told(tmp_path):
+    model, config = Tokens(), Config.from_options(SPARSE | {"sparse.summary": True})
+    export = lambda **more: li_compile.export(model, [torch.ones(1, 16, 8, 2, 4)], target="onnx", path=tmp_path / "a", config=config, **more)
+    with pytest.raises(ExportError, match="li::sparse_attention cannot be part of an ONNX graph of standard operators as it is: blocks that are left out "
+                                          r"take part through their means .sparse.summary.; attention is dense here"):
+        export(strict=True)
+    report = export()
+    (row,) = report.variants[0].operators
+    assert (row["lowering"], row["calls"]) == ("dense", 1) and "sparse.summary" in row["why"] and "is dense in this artifact" in report.notes[0]
+    assert not [o for o in report.variants[0].parts["operators"] if o in ("TopK", "GatherElements") or "::" in o]
+    runner = li_compile.load(tmp_path / "a")
+    for x in torch.randn(2, 1, 16, 8, 2, 4):
+        with torch.no_grad():
+            assert relative(runner(x), model(x)) <= 1e-5
+
+
+def test_the_whole_chunk_with_all_of_it(tiny_world, tmp_path):
+    """Pruned, sparse and with reused steps: two graphs of standard operators that compute what the backend's do."""
+    from examples.doom_world.model import ChunkSampler
+
+    chunk = ChunkSampler(tiny_world(depth=1), steps=3)
+    given = lambda revisit: dynamic(world_inputs(chunk.model, 12, revisit=revisit))
+    options = TINY | {"preset": "all", "sparse.skip_layers": 0, "sparse.min_context": 4, "sparse.topk_ratio": 0.5, "context.memory_frames": 4,
+                      "context.temporal_frames": 4, "context.anchor_frames": 0, "context.fov": (60, 45)}
+    config = Config.from_options(options)
+    report = li_compile.export(chunk, given(False), target="onnx", path=tmp_path / "a", config=config, strict=True)
+    assert [v.name for v in report.variants] == ["keep4_full", "keep4_reuse"]
+    for variant, steps in zip(report.variants, (3, 2)):
+        assert {o["operator"]: (o["calls"], o["lowering"]) for o in variant.operators} == {
+            "li::pack_context": (1, "native"), "li::sparse_decode": (steps, "native")}
+        kinds = variant.parts["operators"]
+        assert kinds["Softmax"] == steps and kinds["GatherElements"] == 2 * steps and kinds["TopK"] >= steps and not [k for k in kinds if "::" in k]
+        onnx.checker.check_model(str(tmp_path / "a" / variant.parts["model"]), full_check=True)
+    compiled, runner = li_compile.compile(chunk, config), li_compile.load(tmp_path / "a")
+    for revisit in (False, True):
+        results = []
+        for run in (runner, compiled):
+            with torch.no_grad(), li_compile.Session(config) as session:
+                results.append(run(*given(revisit)))
+            stats = session.stats()
+            assert (stats["context_kept"], stats["reused_chunks"], stats["calls"]) == (4, revisit, 3 - revisit)
+        with torch.no_grad():
+            assert relative(*results) <= 1e-5 < 1e-3 < relative(results[0], chunk(*given(revisit)))
 
 
 def test_our_operators_in_a_domain_of_their_own(tmp_path):

@@ -31,17 +31,22 @@ def built(tmp_path_factory):
 
 
 @needs_it
-def test_the_whole_chunk_is_one_engine_a_variant(built):
+def test_the_whole_chunk_with_pruned_context_is_one_engine_a_variant(built):
     chunk = built[0]["chunk"]
-    assert [v["name"] for v in chunk["variants"]] == ["all_full", "all_reuse"]
+    assert [v["name"] for v in chunk["variants"]] == ["keep4_full", "keep4_reuse"]
     for variant, network, steps in zip(chunk["variants"], chunk["networks"], (3, 2)):
         assert {o["operator"]: (o["calls"], o["lowering"]) for o in variant["operators"]} == {
             "li::pack_context": (1, "native"), "li::sparse_decode": (steps, "native")}
         (segment,) = variant["parts"]["segments"]
         assert variant["parts"]["left_to_pytorch"] == [] and chunk["bytes"][segment["engine"]] > 100_000
+        assert variant["passes"]["prune_context"] == 3 and variant["passes"]["sparse_attention"] == 3  # of steps, before any is reused
         # One attention a step, of which each is a softmax between two pairs of products.
         assert network["layers"]["SOFTMAX"] == steps and network["layers"]["CONVOLUTION"] == steps + 1
-        assert network["inputs"]["noise"] == [[1, 4, 4, 4, 4], "FLOAT"] and network["inputs"]["context_action"] == [[1, 4], "INT64"]
+        assert network["layers"]["TOPK"] == steps  # and one selection of blocks
+        shapes = {name: shape for name, (shape, _) in network["inputs"].items()}  # 12 frames of context are given, and 4 are read
+        assert shapes.keys() == {"noise", "prompt", "action", "w2c", "intrinsics", "text_k", "text_v", "context_latents", "context_action", "context_w2c"}
+        assert (shapes["noise"], shapes["context_latents"], shapes["context_w2c"]) == ([1, 4, 4, 4, 4], [1, 4, 4, 4, 4], [1, 4, 4, 4])
+        assert network["inputs"]["context_action"] == [[1, 4], "INT64"]
         assert list(network["outputs"].values()) == [[[1, 4, 4, 4, 4], "FLOAT"], [[], "FLOAT"]]  # latents and drift
     assert chunk["networks"][1]["layers"]["MATRIX_MULTIPLY"] < chunk["networks"][0]["layers"]["MATRIX_MULTIPLY"]
     assert chunk["bytes"]["weights.safetensors"] < 100  # engines hold their own

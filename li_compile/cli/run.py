@@ -28,11 +28,12 @@ def command(
         import torch
         from torch.utils._pytree import tree_leaves
 
-        from li_compile.exporting import load
+        from li_compile.exporting import family_inputs, load
         from li_compile.session import Session
 
         runner = load(path)
-        _, args, kwargs = load_inputs(inputs)
+        model, args, kwargs = load_inputs(inputs)
+        args, kwargs = family_inputs(model, args, kwargs, runner.config)
         seconds = []
         with Session(runner.config) as session:
             for _ in range(repeat + 1):

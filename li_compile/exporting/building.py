@@ -18,7 +18,9 @@ from li_compile.compiling import with_family
 from li_compile.config import Config
 from li_compile.errors import BackendUnavailable, ExportError
 from li_compile.exporting import weights
-from li_compile.exporting.lowering import check_choice, lower_operators
+from li_compile.exporting.advice import advise
+from li_compile.exporting.inputs import family_inputs
+from li_compile.exporting.lowering import check_choice, lower_operators, lowered
 from li_compile.exporting.manifest import CallEntry, Manifest, Tensor, VariantEntry, context_data, device_of, versions
 from li_compile.exporting.program import Program, bind_weights, make_program
 from li_compile.exporting.report import ExportReport, VariantRow
@@ -26,7 +28,7 @@ from li_compile.exporting.targets import target_module
 from li_compile.exporting.trace import Traced, trace
 from li_compile.exporting.variants import Variant, variants, wanted
 from li_compile.patterns.graph import placeholders, value
-from li_compile.patterns.preparation import prepare
+from li_compile.patterns.preparation import arguments_of, prepare
 from li_compile.pipeline import family_of
 from li_compile.reuse import why_not
 
@@ -52,8 +54,10 @@ def export(model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
             the device. It has no quality guard (``cache.guard``).
         sparse: what becomes of block-sparse attention. "native": written out in standard operators; "segment": our operator,
             called from the program (in TensorRT, by PyTorch between two engines); "plugin": a custom operator of the runtime (in
-            ONNX, of the domain ``li_compile``); "auto": what suits the target.
-        strict: raise where a graph could only be exported in part, or would need li_compile or a plugin in an engine.
+            ONNX, of the domain ``li_compile``); "auto": what suits the target. What cannot be written out is dense attention in ONNX,
+            and a segment in TensorRT; the report says why.
+        strict: raise where a graph could only be exported in part, with dense attention in place of sparse, or would need li_compile
+            or a plugin in an engine.
         also: further (args, kwargs) with which the model is called, such as without context for the first chunk.
         progress: called with (what, done, of how many) as variants are built.
 
@@ -117,6 +121,7 @@ class _Job:
         if not callable(model) or isinstance(model, type):
             raise ExportError(f"{type(model).__name__} is neither a module nor a function")
         self.model, self.config = model, with_family(Config() if config is None else config, model)
+        self.engine_rows: list[dict[str, Any]] = []  # what would become of our operators in TensorRT
         self.calls = [(tuple(args), dict(kwargs or {})), *((tuple(a), dict(k)) for a, k in also)]
 
     def run(self, folder: pathlib.Path | None, progress: Progress) -> ExportReport:
@@ -126,7 +131,7 @@ class _Job:
             traced = []
             for i, (args, kwargs) in enumerate(self.calls):
                 progress("tracing", i, len(self.calls))
-                traced.append(trace(self.model, args, kwargs, self.config))
+                traced.append(trace(self.model, *family_inputs(self.model, args, kwargs, self.config), self.config))
         finally:
             prepared.undo()
         tensors = _rename(traced)
@@ -156,11 +161,12 @@ class _Job:
                               "steps may be reused under this config"))
         if folder is not None and self.target.HOLDS_WEIGHTS:  # what is left are caches, as they are at the start
             aliases = weights.save({a.name: tensors[a.name] for e in entries for v in e.variants for a in v.arguments if a.weight}, folder)
-        report.notes = self._notes(report)
+        device = device_of([f for t in traced for f in t.fakes if isinstance(f, torch.Tensor)])
+        report.notes, report.advice = self._notes(report), advise(self.engine_rows, device)
         report.left_alone = [{"pattern": pattern, "reason": reason, "where": where} for pattern, reason, where in missed]
         if folder is not None:
-            manifest = Manifest(self.name, self.gates, self.config.to_options(), device_of([f for t in traced for f in t.fakes if isinstance(
-                f, torch.Tensor)]), versions(*self.target.PACKAGES), entries, aliases, report.notes)
+            manifest = Manifest(self.name, self.gates, self.config.to_options(), device, versions(*self.target.PACKAGES), entries, aliases,
+                                report.notes)
             progress("writing", todo, todo)
             manifest.write(folder)
             report.size = sum(f["bytes"] for f in manifest.files.values())
@@ -173,6 +179,7 @@ class _Job:
 
     def _variant(self, traced: Traced, variant: Variant, call: int, folder: pathlib.Path | None, aliases, note) -> tuple[VariantEntry, VariantRow]:
         start, name = time.perf_counter(), f"call{call}_{variant.name}"
+        self.engine_rows += lowered(variant.graph, "tensorrt", self.sparse if self.name == "tensorrt" else "auto")
         operators = lower_operators(variant.graph, self.name, self.sparse, self.strict)
         row = VariantRow(call, variant.name, variant.kept, variant.reuse, variant.report.counts(), operators)
         if folder is None:
@@ -188,8 +195,12 @@ class _Job:
 
     def _notes(self, report: ExportReport) -> list[str]:
         notes, ways = [], {o["lowering"] for v in report.variants for o in v.operators}
+        if (family := family_of(self.config)) is not None and arguments_of(self.model, family, False) is not None:
+            notes.append(f"Inputs are those that family {family.name} makes of a call's: li_compile.exporting.family_inputs(model, args, kwargs) gives them.")
         if ways & {"operator", "segment"}:
             notes.append("Operators of li_compile are called from this artifact: import li_compile.kernels before running it without li_compile.load.")
+        if "dense" in ways:
+            notes.append("Attention that the config makes sparse is dense in this artifact; the table says which and why.")
         if "domain" in ways:
             notes.append("Nodes of the domain li_compile are left in this graph: a runtime needs an implementation of them.")
         if self.gates == "device" and self.config.cache.guard is not None:

@@ -1,8 +1,10 @@
-"""What becomes of our operators in an artifact: kept as they are, written out in ATen operators, or named for another runtime."""
+"""What becomes of our operators in an artifact: kept as they are, written out in ATen operators (dense, where their sparsity cannot be), or named for another runtime."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,16 +20,20 @@ from li_compile.patterns.graph import value
 CHOICES = ("auto", "native", "plugin", "segment")
 GATHER_MOST = 8.0  # times the keys and values' own bytes that gathering blocks may write
 
-#: Target -> what "auto" tries, in order. operator: called as it is; domain: a node of the ONNX domain li_compile.
-AUTO = {"exported_program": ("operator",), "aot_inductor": ("operator",), "onnx": ("native", "domain"), "tensorrt": ("native", "segment")}
+#: Target -> what "auto" tries, in order. operator: called as it is; dense: written out with nothing left out; domain: a node of the ONNX
+#: domain li_compile.
+AUTO = {"exported_program": ("operator",), "aot_inductor": ("operator",), "onnx": ("native", "dense", "domain"), "tensorrt": ("native", "segment")}
 ASKED = {
     "exported_program": {"native": ("native", "operator"), "segment": ("operator",)},
     "aot_inductor": {"native": ("native", "operator"), "segment": ("operator",)},
-    "onnx": {"native": ("native", "domain"), "plugin": ("domain",)},
+    "onnx": {"native": ("native", "dense", "domain"), "plugin": ("domain",)},
     "tensorrt": {"native": ("native", "segment"), "segment": ("segment",)},
 }
+#: The settings of our operators under which nothing is left out.
+EVERYTHING = {"topk_ratio": 1.0, "prefill_ratio": 1.0, "head_ratios": [], "summary": False}
 NEEDED = {
     "operator": "li_compile must be importable where it is loaded",
+    "dense": "attention is dense here, in standard operators",
     "domain": "the runtime needs an implementation of the domain li_compile",
     "segment": "runs in PyTorch between two engines, with li_compile",
 }
@@ -44,21 +50,38 @@ def check_choice(target: str, sparse: str) -> None:
 def lower_operators(graph: GraphModule, target: str, sparse: str, strict: bool) -> list[dict[str, Any]]:
     """Lower every call of an operator of ours, in place, and say how, one row for all calls alike.
 
-    Rows: operator, calls, lowering, why. Raises ExportError under strict where the artifact would need li_compile or a plugin.
+    Rows: operator, calls, lowering, why. Raises ExportError under strict where the artifact would need li_compile or a plugin, or be dense.
     """
-    rows: Counter = Counter()
-    for module in (graph, *(m for _, m in graph.named_children() if isinstance(m, GraphModule))):
-        for node in list(module.graph.nodes):
-            name = operator_of(node)
-            if name is None:
-                continue
-            how, why = _lower(node, name, AUTO[target] if sparse == "auto" else ASKED[target][sparse])
-            if strict and how in ("domain", "segment"):
-                raise ExportError(f"{name} cannot be part of {'an ONNX graph of standard operators' if how == 'domain' else 'an engine'}: {why}. "
-                                  "Export without strict, or switch off what needs it in the config")
-            rows[name, how, why] += 1
+    def done(name: str, how: str, why: str, lower: Callable[[], None]) -> None:
+        if strict and how in ("dense", "domain", "segment"):
+            place = "an engine" if how == "segment" else "an ONNX graph of standard operators" + (" as it is" if how == "dense" else "")
+            raise ExportError(f"{name} cannot be part of {place}: {why}. Export without strict, or switch off what needs it in the config")
+        lower()
+
+    rows = _each(graph, target, sparse, done)
+    for module in _modules(graph):
         module.recompile()
+    return rows
+
+
+def lowered(graph: GraphModule, target: str, sparse: str = "auto") -> list[dict[str, Any]]:
+    """The rows of :func:`lower_operators` for another target; the graph, of constant sizes, stays as it is."""
+    return _each(graph, target, sparse, lambda *_: None)
+
+
+def _each(graph: GraphModule, target: str, sparse: str, done: Callable[..., None]) -> list[dict[str, Any]]:
+    rows: Counter = Counter()
+    for module in _modules(graph):
+        for node in list(module.graph.nodes):
+            if (name := operator_of(node)) is not None:
+                how, why, lower = _choose(node, name, AUTO[target] if sparse == "auto" else ASKED[target][sparse])
+                done(name, how, why, lower)
+                rows[name, how, why] += 1
     return [{"operator": name, "calls": calls, "lowering": how, "why": why} for (name, how, why), calls in rows.items()]
+
+
+def _modules(graph: GraphModule) -> list[GraphModule]:
+    return [graph, *(m for _, m in graph.named_children() if isinstance(m, GraphModule))]
 
 
 def operator_of(node: Node) -> str | None:
@@ -69,29 +92,34 @@ def operator_of(node: Node) -> str | None:
     return name if name.startswith("li::") else None
 
 
-def _lower(node: Node, name: str, ways: tuple[str, ...]) -> tuple[str, str]:
+def _choose(node: Node, name: str, ways: tuple[str, ...]) -> tuple[str, str, Callable[[], None]]:
+    """(how, why, what does it to the node)"""
     arguments = dict(zip((a.name for a in node.target._schema.arguments), node.args)) | node.kwargs
     reasons = []
+
+    def call(target, args, kwargs) -> None:
+        node.target, node.args, node.kwargs = target, args, kwargs
+
     for way in ways:
+        why = "; ".join([*reasons, NEEDED.get(way, "")])
         if way == "native":
-            reason = why_not_native(name, arguments)
-            if reason is None:
+            if (reason := why_not_native(name, arguments)) is None:
                 share, how = _native(name, arguments)
-                node.target = NATIVE[name]
-                if share > 1:
-                    node.kwargs = {**node.kwargs, "share": share}
-                return "native", how
+                return way, how, partial(call, NATIVE[name], node.args, {**node.kwargs, "share": share} if share > 1 else node.kwargs)
             reasons.append(reason)
-            continue
-        why = NEEDED[way]
-        if way == "domain":
+        elif way == "dense":
+            given = arguments | {a: x for a, x in EVERYTHING.items() if a in arguments}
+            if why_not_native(name, given) is None:
+                return way, why, partial(call, NATIVE[name], (), given)
+        elif way == "domain":
             found = value(node)
             results = [(x.dtype, [int(s) for s in x.shape]) for x in (found if isinstance(found, (tuple, list)) else [found])]
-            node.target, node.args, node.kwargs = in_domain, (name, arguments, results), {}
-        if way == "operator" and "q" in arguments and "block_size" in arguments:
-            provider, reason = expected_provider(value(arguments["q"]), arguments["block_size"])
-            why += f"; kernel {provider} ({reason})"
-        return way, "; ".join([*reasons, why])
+            return way, why, partial(call, in_domain, (name, arguments, results), {})
+        else:
+            if way == "operator" and "q" in arguments and "block_size" in arguments:
+                provider, reason = expected_provider(value(arguments["q"]), arguments["block_size"])
+                why += f"; kernel {provider} ({reason})"
+            return way, why, lambda: None
     raise ExportError(f"{name} cannot be exported: {'; '.join(reasons)}")
 
 

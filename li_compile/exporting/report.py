@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from li_compile.exporting.advice import Advice
+
 
 @dataclasses.dataclass
 class VariantRow:
@@ -25,7 +27,7 @@ class VariantRow:
 class ExportReport:
     """``str(report)`` is a table, ``to_dict()`` plain data. path: of the artifact; None where nothing was built. unavailable: why
     the target cannot be built here. weights: their bytes, stored once (engines hold their own). left_alone: pattern, reason and source line of
-    what was not found or not rewritten."""
+    what was not found or not rewritten. advice: which target suits these graphs on their device, and why."""
 
     target: str
     gates: str
@@ -36,6 +38,7 @@ class ExportReport:
     unavailable: str | None = None
     left_alone: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    advice: Advice | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -55,6 +58,8 @@ class ExportReport:
             yield f"{escape(self.path)}: {self.size / 2**20:,.1f} MiB, {self.weights / 2**20:,.1f} of them weights"
         if self.unavailable is not None:
             yield f"[yellow]cannot be built here:[/yellow] {escape(self.unavailable)}"
+        if self.advice is not None:
+            yield escape(str(self.advice))
         for note in [*self.notes, *(f"left alone, {m['pattern']}: {m['reason']} {m['where']}" for m in self.left_alone)]:
             yield escape(note)
 

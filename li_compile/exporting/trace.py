@@ -58,6 +58,7 @@ def _trace(model, args: tuple, kwargs: dict, marked: list[list[int]], config: Co
             program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=True)
     except Exception as error:
         raise ExportError(f"torch.export cannot trace {_name(model)}: {error}") from error
+    _numbers(program)
     kind = torch.export.graph_signature.InputKind
     for node, spec in zip(placeholders(program.graph), program.graph_signature.input_specs):
         node.type = torch.nn.Parameter if spec.kind is kind.PARAMETER else node.type
@@ -74,6 +75,20 @@ def _trace(model, args: tuple, kwargs: dict, marked: list[list[int]], config: Co
         tensors[spec.target] = {**program.state_dict, **program.constants}[spec.target].detach()
     spec = program.call_spec
     return Traced(facts, fakes, weights, tensors, inputs, spec.in_spec, spec.out_spec)
+
+
+def _numbers(program: torch.export.ExportedProgram) -> None:
+    """Numbers that torch.export lifted out of writes, as constants of the trace, become numbers again, as in Dynamo's graphs."""
+    aten = torch.ops.aten
+    specs = {s.arg.name: s.target for s in program.graph_signature.input_specs if s.kind is torch.export.graph_signature.InputKind.CONSTANT_TENSOR}
+    for node in program.graph.find_nodes(op="call_function", target=aten.fill_.Tensor):
+        given = node.args[1]
+        held = given.args[0] if given.target is aten.lift_fresh_copy.default else given
+        if held.name in specs and (number := program.constants[specs[held.name]]).dim() == 0:
+            node.target, node.args = aten.fill_.Scalar, (node.args[0], number.item())
+            if given is not held and not given.users:
+                program.graph.erase_node(given)
+    program.graph_module.recompile()
 
 
 class AsModule(torch.nn.Module):
