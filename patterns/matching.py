@@ -21,6 +21,10 @@ def match_attention(module: GraphModule, family: Family | None, grid: tuple[int,
     cached = {n.name for n in module.graph.nodes if calls(n, SDPA) and cache_reads(n) is not None}
     misses = [dataclasses.replace(m, reason="its keys are read from a preallocated cache, of which pruned context selects frames; "
                                   "block-sparse attention does not apply") if m.node in cached else m for m in misses]
+    if family is not None and family.current is not None:
+        new = family.current({p.name: tuple(s) for p in placeholders(module.graph) if (s := shape(p)) is not None})
+        for site in (s for s in sites if s.kind == "prefill"):
+            site.protected = new
     if family is None or not family.groups:
         return sites, misses
     nodes = {(source_line(n), n.name): n for m in (module, *subgraphs(module).values()) for n in m.graph.nodes if calls(n, SDPA)}

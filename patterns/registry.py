@@ -53,6 +53,9 @@ class Family:
     grid: rows and columns of tokens in a latent frame, or None to read them from the graph.
     positions: of context frames that are kept, "keep" their temporal indices, "compact" them to the ones just before the
         current frames, or None: an input with indices is kept, what follows from the context's length is compacted.
+    current: where history and new latents go through the model in one sequence, called as ``current(shapes)`` with the shape of each
+        tensor among a graph's inputs, by the name it has there ("l_x_" of an argument x): it returns how many latents at the end of
+        that sequence are new, which sparse attention always reads whole, or None where the inputs don't tell.
     groups: name -> part of a module path (``fnmatch``) that says which attention belongs to it, for reports and opt-outs.
     attention: names of registered attention patterns that every graph of the family must hold.
     context: the one form of context to look for ("frames", "cache", "latents", "slices", or a registered pattern), or None: any.
@@ -65,6 +68,7 @@ class Family:
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
     grid: tuple[int, int] | None = None
     positions: str | None = None
+    current: Callable | None = None
     modules: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     prepare: Callable | None = None

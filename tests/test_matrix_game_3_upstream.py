@@ -56,6 +56,9 @@ MOST = {torch.float32: 1e-5, torch.bfloat16: 3e-3}
 def test_with_nothing_left_out_it_is_upstreams_result(upstream, own_report, clip, given):
     got, want, report = compiled_and_upstream(upstream, clip, **given)
     assert relative(got.float(), want.float()) <= MOST[upstream.dtype]
+    if given["preset"] == "sparse":  # the first clip has one latent that is not new
+        assert report.counts()["sparse_attention"] == (2 if clip else 0)
+        assert not clip or "the last 10 frames protected" in str(report)
     if given["preset"] == "exact":
         assert (report.counts()["functional_writes"] > 0) == bool(clip) and report.counts()["invariants"] > 0
 

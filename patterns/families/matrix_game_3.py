@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from .._compat import dynamo_config
 from ..registry import Family, register_family
+from .matrix_game_3_clip import IMAGE, PAST
 
 PACKAGE = "wan.modules"
 HALF = (torch.float16, torch.bfloat16)
@@ -221,6 +222,13 @@ def arguments(model, args, kwargs):
     return (), given, None
 
 
+def current(shapes) -> int | None:
+    """New latents: of a clip's window, which follows the memory, all but those that the window begins with."""
+    window = next((shape[2] for name, shape in shapes.items() if name in ("l_x_", "l_latents_") and len(shape) == 5), None)
+    known = PAST if any("x_memory" in name for name in shapes) else IMAGE
+    return window - known if isinstance(window, int) and window > known else None
+
+
 def attach(pipeline, patch, rollout) -> None:
     from . import matrix_game_3_rollout
 
@@ -239,6 +247,7 @@ FAMILY = register_family(Family(
     holds=MEMORY,
     roles={"positions": "memory_latent_idx"},
     positions="keep",
+    current=current,
     groups={"cross-attention": ".cross_attn", "action attention": ".action_model"},
     opt_out=("cross-attention", "action attention"),
 ))
