@@ -25,7 +25,7 @@ from li_compile.passes.functional_writes import functional_writes
 from li_compile.passes.index_slices import index_slices
 from li_compile.passes.invariants import invariants
 from li_compile.passes.islands import describe as describe_islands
-from li_compile.passes.islands import lower_islands
+from li_compile.passes.islands import islands_in_tf32, lower_islands
 from li_compile.passes.merge_regions import merge_regions
 from li_compile.passes.normalize import normalize
 from li_compile.passes.pack_context import pack_context
@@ -238,8 +238,8 @@ def prepare(facts: Facts, config: Config, inputs: Sequence[Any], mode, kept: int
             if getattr(config.exact, run.__name__):
                 with_loop = run is invariants and facts.loop is not None
                 apply(run.__name__, (lambda m: invariants(m, found_loop(m, facts.family))) if with_loop else run)
-        if config.exact.islands == "bf16":
-            apply("islands", lower_islands)
+        if config.exact.islands != "keep":
+            apply("islands", lower_islands if config.exact.islands == "bf16" else islands_in_tf32)
     if config.sparse.enabled:
         s = config.sparse
         apply("sparse_attention", lambda m: sparse_attention(
