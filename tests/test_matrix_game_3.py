@@ -213,9 +213,26 @@ def test_explain(small_family, own_report):
     assert "form latents" in graph.found["context"] and "multistep" in graph.found["denoising loop"]
     assert [(v.kept, v.reuse) for v in graph.variants] == [(1, False), (5, True)]
     assert graph.variants[0].counts()["prune_context"] > 0 and graph.variants[1].counts()["cached_steps"] == 1
+    (padding,), pruned = graph.prepared, [r for v in graph.variants for r in v.records if r.name == "prune_context"]
+    assert padding.details == ["6 of 120 tokens, exact, by the family's preparation"] and padding.flops > 0, "with memory's size a symbol"
+    assert [r.flops > 0 for r in pruned] == [True, False], "what pruning saves, which is approximate, is told apart"
     assert [v.counts()["sparse_attention"] for v in graph.variants] == [0, 6], "of 5 and of 9 latents of history"
     reasons = [m.reason for m in graph.misses if m.pattern == "attention"]
     assert any("another stream" in r for r in reasons) and any("no whole number of latent frames" in r for r in reasons)
+
+
+@pytest.mark.parametrize("clip", [0, 1])
+def test_what_padding_would_cost_is_what_the_padded_graph_costs_more(small_family, own_report, clip):
+    """To the operation and byte."""
+    model, (x, _, _, given) = seeded(MatrixGame, depth=2), clip_arguments(inputs(clip))
+    given |= {"x": x, "t": times(x, 1.0, PAST if clip else 1)} | ({"timestep_memory": torch.zeros(1, 5 * 6)} if clip else {})
+    config = li_compile.Config.from_options({"preset": "exact", "lowering": "eager", "strict": True, "family": "reduced_matrix_game"})
+    bare, padded = (li_compile.explain(model, config=config, **given, seq_len=n) for n in (0, matrix_game.LONGEST * 6))
+    ((bare_graph,), (padded_graph,)) = bare.graphs, padded.graphs
+    (record,) = bare_graph.prepared
+    assert record.details == [f"{6 if clip else 30} of 120 tokens, exact, by the family's preparation"]
+    assert record.flops == padded_graph.flops - bare_graph.flops > 0 and record.bytes == padded_graph.bytes - bare_graph.bytes > 0
+    assert not padded_graph.prepared and "padding left out" in str(bare) and "padding left out" in bare.html() and "padding left out" not in str(padded)
 
 
 # A rollout.
@@ -277,7 +294,8 @@ def small_family():
         patch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
         patch.setattr(registry, "_ORIGINS", dict(registry._ORIGINS))
         yield register_family(Family("reduced_matrix_game", pipelines=(f"{__name__}.Pipeline",), attach=attach, positions="keep",
-                                     roles={"positions": "memory_latent_idx"}, current=family.current))
+                                     roles={"positions": "memory_latent_idx"}, current=family.current, padded=family.padded,
+                                     groups={"action attention": ".actions"}, never_padded=("action attention",)))
 
 
 def test_with_nothing_left_out_a_rollout_is_upstreams_and_detach_puts_all_back(small_family, own_report):

@@ -77,6 +77,8 @@ def test_explain(upstream):
     assert "(form latents), 6 tokens a frame" in graph.found["context"]
     assert all(name in graph.found["context"] for name in matrix_game_3.MEMORY)
     assert ("precision islands" in graph.found) == (upstream.dtype == torch.bfloat16)
+    (padding,) = graph.prepared
+    assert padding.details == ["6 of 120 tokens, exact, by the family's preparation"] and padding.flops > 0
     groups = {m.reason.split("'")[1] for m in graph.misses if m.pattern == "attention"}
     assert groups == {"cross-attention", "action attention"}
     assert {"wan.modules.model.torch", "wan.modules.model.flash_attention", "wan.modules.model.rope_apply_with_indices"} <= set(report.prepared)
