@@ -95,6 +95,9 @@ class Family:
                 raise ValueError(f"{field} of family {self.name!r} is a string; it must be a tuple of strings")
         if self.pipelines and self.attach is None:
             raise ValueError(f"family {self.name!r} names pipelines, but not what to do with one; give attach")
+        if unknown := set(self.never_padded) - set(self.groups):
+            raise ValueError(f"family {self.name!r} says of {', '.join(sorted(unknown))} that it is never padded, which is none of its groups "
+                             f"({', '.join(self.groups) or 'none'})")
         unknown = set(self.opt_out) - set(self.groups) - {"context", "loop"}
         if unknown:
             raise ValueError(f"family {self.name!r} opts out of {', '.join(sorted(unknown))}, which is neither 'context' nor 'loop' nor "
