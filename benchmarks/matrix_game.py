@@ -31,6 +31,7 @@ TILES = {"tiny": {"sparse.tile": (4, 2, 2), "sparse.block_size": 16}, "real": {"
 #: Name -> our options, None: upstream as it is, a string: a way of others.
 WAYS = {"upstream, eager": None, "upstream, eager, TF32": "tf32", "upstream, int8 q k v o": "int8", "Inductor a block, self-attention in bf16": "inductor",
         "exact": {"preset": "exact"}, "exact, islands in bf16": {"preset": "exact", "exact.islands": "bf16"},
+        "exact, islands in TF32": {"preset": "exact", "exact.islands": "tf32"},
         "context": {"preset": "context"} | SLOTS, "cache": {"preset": "cache"} | SLOTS,
         "all, islands in bf16": {"preset": "all", "exact.islands": "bf16"} | SLOTS}
 

@@ -21,7 +21,7 @@ import torch
 
 from ._compat import real_tensors
 
-__all__ = ["block_coordinates", "block_valid", "cached", "neighbour_counts", "neighbour_mask", "num_blocks", "row_places", "tile_order"]
+__all__ = ["block_coordinates", "block_valid", "cached", "forced_counts", "forced_mask", "neighbour_mask", "num_blocks", "row_places", "tile_order"]
 
 Tile = tuple[int, int, int]
 
@@ -78,10 +78,17 @@ def neighbour_mask(frames: int, height: int, width: int, tile: Tile, block_size:
     return cached(_neighbour_mask, device, frames, height, width, tuple(tile), block_size)
 
 
+def forced_mask(frames: int, height: int, width: int, tile: Tile, block_size: int, protected: int = 0, device="cpu") -> torch.Tensor:
+    """What each query block keeps whatever it scores: :func:`neighbour_mask`, and every block that holds a token of the last
+    ``protected`` frames. Bool ``[n, n]``, queries by keys."""
+    return cached(_forced_mask, device, frames, height, width, tuple(tile), block_size, protected)
+
+
 @functools.lru_cache(maxsize=64)
-def neighbour_counts(frames: int, height: int, width: int, tile: Tile, block_size: int) -> tuple[int, ...]:
-    """Row sums of :func:`neighbour_mask` as Python integers, computed on the CPU (no device is read)."""
-    return tuple(neighbour_mask(frames, height, width, tuple(tile), block_size, "cpu").sum(1).tolist())
+def forced_counts(frames: int, height: int, width: int, tile: Tile, block_size: int, protected: int = 0) -> tuple[tuple[int, ...], int]:
+    """(row sums of :func:`forced_mask`, how many blocks hold protected tokens) as Python integers, computed on the CPU."""
+    counts = forced_mask(frames, height, width, tuple(tile), block_size, protected, "cpu").sum(1).tolist()
+    return tuple(counts), int(cached(_protected, "cpu", frames, height, width, tuple(tile), block_size, protected).sum())
 
 
 _made: dict[tuple, object] = {}
@@ -149,6 +156,17 @@ def _block_coordinates(device, frames, height, width, tile, block_size):
     padded = torch.zeros(n * block_size, 3, dtype=torch.int64, device=device)
     padded[: order.numel()] = tokens
     return padded.view(n, block_size, 3).sum(1).float() / _block_valid(device, order.numel(), block_size)[:, None]
+
+
+def _forced_mask(device, frames, height, width, tile, block_size, protected):
+    return _neighbour_mask(device, frames, height, width, tile, block_size) | _protected(device, frames, height, width, tile, block_size, protected)
+
+
+def _protected(device, frames, height, width, tile, block_size, protected):
+    """Blocks with a token of the last frames: bool [n]."""
+    late = _tile_order(device, frames, height, width, tile) // (height * width) >= frames - protected
+    blocks = num_blocks(late.numel(), block_size)
+    return torch.cat([late, late.new_zeros(blocks * block_size - late.numel())]).view(blocks, block_size).any(1)
 
 
 def _neighbour_mask(device, frames, height, width, tile, block_size):

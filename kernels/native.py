@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import block_valid, cached, laid_out, neighbour_mask, tile_order
+from .layout import block_valid, cached, forced_mask, laid_out, tile_order
 from .plan import CONTEXT, CURRENT, TEXT, Plan, make_plan
 from .selection import part_counts
 
@@ -23,9 +23,9 @@ LOW = -1e30  # a score that counts as nothing; finite, since runtimes differ in 
 
 
 def sparse_attention(q, k, v, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, sub_blocks, scale, summary=False,
-                     head_ratios=(), share=1):  # fmt: skip
+                     head_ratios=(), protected=0, share=1):  # fmt: skip
     """``li::sparse_attention`` without encodings and summaries. share: query blocks that choose together (an approximation)."""
-    plan = make_plan([x.shape[2] for x in k], roles, height, width, tuple(tile), block_size, topk_ratio, prefill_ratio, head_ratios)
+    plan = make_plan([x.shape[2] for x in k], roles, height, width, tuple(tile), block_size, topk_ratio, prefill_ratio, head_ratios, protected)
     if plan.dense:
         return laid_out(F.scaled_dot_product_attention(q, torch.cat(list(k), 2), torch.cat(list(v), 2), scale=scale))
     text = [[x[s] for s in plan.static if roles[s] == TEXT] for x in (k, v)]
@@ -139,8 +139,8 @@ def _make_budget(device, plan: Plan, share: int) -> tuple[Tensor | None, int, Te
         keep = keep.unflatten(1, (groups, share)).amax(2)
     forced = None
     if not plan.decode:
-        near = neighbour_mask(plan.frames[plan.current], plan.height, plan.width, plan.tile, plan.block_size, "cpu")
-        forced = near.unflatten(0, (groups, share)).any(1)
+        forced = forced_mask(plan.frames[plan.current], plan.height, plan.width, plan.tile, plan.block_size, plan.protected, "cpu")
+        forced = forced.unflatten(0, (groups, share)).any(1)
         keep = keep + forced.sum(1)
     counts = keep.clamp(max=plan.candidates)
     longest = int(counts.max())

@@ -9,7 +9,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from .layout import Tile, neighbour_counts, num_blocks
+from .layout import Tile, forced_counts, num_blocks
 
 __all__ = ["CONTEXT", "CURRENT", "TEXT", "Density", "Plan", "density", "make_plan"]
 
@@ -28,6 +28,7 @@ class Plan:
         blocks: by segment.
         text_blocks, context_blocks, current_blocks, total: blocks of each kind and of all.
         decode: there is a context segment.
+        protected: without one, frames at the end of the current segment whose keys every query reads.
         dense: the ratio asks for everything.
         first, candidates: the blocks that are chosen from; those around them are always kept.
         keep: candidates chosen by score, by head (one row: all heads) and query block (one column: all).
@@ -47,6 +48,7 @@ class Plan:
     context_blocks: int
     current_blocks: int
     decode: bool
+    protected: int
     dense: bool
     first: int
     candidates: int
@@ -56,16 +58,16 @@ class Plan:
     total: int
 
 
-def make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, head_ratios=()) -> Plan:
+def make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, head_ratios=(), protected=0) -> Plan:
     """The plan for segments of these lengths and roles; arguments as in ``li::sparse_attention``.
 
     Raises ValueError where they don't fit together.
     """
-    return _make_plan(tuple(lengths), tuple(roles), height, width, tuple(tile), block_size, topk_ratio, prefill_ratio, tuple(head_ratios))
+    return _make_plan(tuple(lengths), tuple(roles), height, width, tuple(tile), block_size, topk_ratio, prefill_ratio, tuple(head_ratios), protected)
 
 
 @functools.lru_cache(maxsize=256)
-def _make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, head_ratios) -> Plan:
+def _make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, head_ratios, protected) -> Plan:
     if len(roles) != len(lengths) or not set(roles) <= {TEXT, CONTEXT, CURRENT} or roles.count(CURRENT) != 1:
         raise ValueError(
             f"Each of {len(lengths)} segments needs a role, 0 text, 1 context or 2 current, and exactly one is current; found {list(roles)}."
@@ -86,22 +88,27 @@ def _make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, pref
     blocks = tuple(num_blocks(length, block_size) for length in lengths)
     text, context, queries = (sum(n for n, r in zip(blocks, roles) if r == kind) for kind in (TEXT, CONTEXT, CURRENT))
     decode = CONTEXT in roles
-    ratios = head_ratios or (topk_ratio if decode else prefill_ratio,)
+    if protected and (decode or not 0 < protected <= frames[current]):
+        raise ValueError(f"protected counts frames of the one segment that holds history and new frames, of at most {frames[current]} here "
+                         f"and without a context segment, whose current frames are all kept; found {protected} and roles {list(roles)}.")
+    ratios = head_ratios or (topk_ratio if decode or protected else prefill_ratio,)
+    late = 0  # candidates that all keep, and that are no history
     if decode:
         around, near = text + queries, (0,)
     else:
-        around, near = text, neighbour_counts(frames[current], height, width, tile, block_size)
+        around = text
+        near, late = forced_counts(frames[current], height, width, tile, block_size, protected)
         near = near[:1] if len(set(near)) == 1 else near
     candidates = context if decode else queries
-    keep = tuple(tuple(max(_budget(ratio, candidates) - n, 0) for n in near) for ratio in ratios)
-    dense = min(ratios) >= 1
+    keep = tuple(tuple(max(_budget(ratio, candidates - late) - (n - late), 0) for n in near) for ratio in ratios)
+    dense = min(ratios) >= 1 or late == candidates > 0
     total = text + context + queries
     kept = [around + n + sum(row[i] for row in keep) / len(keep) for i, n in enumerate(near)]
     kept = (total,) * queries if dense else tuple(kept) * (queries if len(kept) == 1 else 1)
     pitch = total if dense else max(around + n + max(row[i] for row in keep) for i, n in enumerate(near))
     return Plan(
         lengths, frames, static, current, blocks, height, width, tile, block_size, text, context, queries,
-        decode, dense, text, candidates, keep, kept, pitch, total,
+        decode, protected, dense, text, candidates, keep, kept, pitch, total,
     )  # fmt: skip
 
 
@@ -127,10 +134,10 @@ class Density:
         return sum(self.kept) / (len(self.kept) * self.total)
 
 
-def density(lengths, roles, height, width, tile=(4, 4, 4), block_size=64, topk_ratio=0.175, prefill_ratio=0.3, head_ratios=()) -> Density:
+def density(lengths, roles, height, width, tile=(4, 4, 4), block_size=64, topk_ratio=0.175, prefill_ratio=0.3, head_ratios=(), protected=0) -> Density:
     """Blocks that ``li::sparse_attention`` attends to for segments of these lengths; pure Python, exact.
 
     FLOPs of one head: ``4 * block_size**2 * D * sum(kept)``.
     """
-    plan = make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, head_ratios)
+    plan = make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, head_ratios, protected)
     return Density(plan.kept, plan.total)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .block_sparse import attend
-from .layout import block_valid, cached, laid_out, neighbour_mask, num_blocks, row_places, tile_order
+from .layout import block_valid, cached, forced_mask, laid_out, num_blocks, row_places, tile_order
 from .pack import Encoding, empty_pack, pack_into
 from .plan import CONTEXT, CURRENT, TEXT, Plan, make_plan
 from .problem import Problem
@@ -34,11 +34,11 @@ SETTINGS = "SymInt height, SymInt width, int[] tile, int block_size, {ratios}, i
     "li::sparse_attention",
     mutates_args=(),
     schema="(Tensor q, Tensor[] k, Tensor[] v, int[] roles, "
-    + SETTINGS.format(ratios="float topk_ratio, float prefill_ratio") + ENCODINGS + ") -> Tensor",
+    + SETTINGS.format(ratios="float topk_ratio, float prefill_ratio") + ENCODINGS + ", int protected=0) -> Tensor",
 )  # fmt: skip
 def sparse_attention(q, k, v, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, sub_blocks, scale,
                      summary=False, head_ratios=(), eps=1e-6, q_norm=None, k_norm=None, cos=None, sin=None, q_camera=None,
-                     kv_camera=None):  # fmt: skip
+                     kv_camera=None, protected=0):  # fmt: skip
     """Attention of the current tokens over text, history and themselves, with history (or, in prefill, everything
     visual) thinned to the blocks that score best.
 
@@ -61,13 +61,17 @@ def sparse_attention(q, k, v, roles, height, width, tile, block_size, topk_ratio
         eps, q_norm, k_norm, cos, sin, q_camera, kv_camera: what is yet to be done to the current segment's q, k and v,
             see :class:`~li_compile.kernels.pack.Encoding`: the norms and RoPE to q and k, ``q_camera`` to q and
             ``kv_camera`` to k and v. None: it was done before.
+        protected: of a current segment that is history and new frames in one (no context segment), how many frames at its
+            end are new. Every query keeps the blocks with a token of theirs (paper section 3.3: current frames are
+            preserved); of the blocks that are history alone, neighbours and best-scoring ones up to
+            ``max(floor(topk_ratio * blocks), neighbours)``. ``prefill_ratio`` takes no part.
 
     Returns:
         ``[B', H, Lq, D]`` in q's token order and dtype, with [B', Lq, H, D] memory, as models go on with it.
 
     Raises ValueError if segments and roles don't fit; the sentence says which. There is no backward.
     """
-    plan = make_plan([x.shape[2] for x in k], roles, height, width, tuple(tile), block_size, topk_ratio, prefill_ratio, head_ratios)
+    plan = make_plan([x.shape[2] for x in k], roles, height, width, tuple(tile), block_size, topk_ratio, prefill_ratio, head_ratios, protected)
     _check(q, k, v, plan, 1 if kv_camera is None else 2)
     encodings = _encodings(eps, q_norm, k_norm, cos, sin, q_camera, kv_camera)
     if plan.dense:
@@ -78,7 +82,7 @@ def sparse_attention(q, k, v, roles, height, width, tile, block_size, topk_ratio
 
 @sparse_attention.register_fake
 def _(q, k, v, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, sub_blocks, scale, summary=False,
-      head_ratios=(), eps=1e-6, q_norm=None, k_norm=None, cos=None, sin=None, q_camera=None, kv_camera=None):  # fmt: skip
+      head_ratios=(), eps=1e-6, q_norm=None, k_norm=None, cos=None, sin=None, q_camera=None, kv_camera=None, protected=0):  # fmt: skip
     return _new_out(q, 1 if kv_camera is None else 2)
 
 
@@ -245,7 +249,7 @@ def _plan_tables(device, plan: Plan, sub_blocks: int) -> Tables:
     parts = lambda x: x if sub_blocks == 1 else part_counts(x, size, sub_blocks)
     return Tables(
         tile_order(*grid, device), row_places(*grid, size, device), valid, parts(block_valid(plan.lengths[plan.current], size, device)),
-        parts(valid[plan.first : plan.first + plan.candidates]), None if plan.decode else neighbour_mask(*grid, size, device),
+        parts(valid[plan.first : plan.first + plan.candidates]), None if plan.decode else forced_mask(*grid, size, plan.protected, device),
         torch.tensor(plan.keep, dtype=torch.int32).to(device),
     )  # fmt: skip
 

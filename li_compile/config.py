@@ -77,7 +77,7 @@ class ExactConfig(_Section):
     shared_steps: the model that a sampling loop calls N times is compiled once and called N times.
     repeated_blocks: equal blocks of a flat graph are compiled once and called N times.
     islands: what becomes of products in fp32 within a model in half precision, which ``explain`` lists: "keep" leaves them
-        alone; "bf16" computes them in bf16, which is not exact and therefore never a default.
+        alone; "bf16" computes them in bf16, "tf32" in TF32 (CUDA only), which is not exact and therefore never a default.
     """
 
     section: ClassVar[str] = "exact"
@@ -92,7 +92,7 @@ class ExactConfig(_Section):
     merge_regions: bool = option(True, FLAG)
     shared_steps: bool = option(True, FLAG)
     repeated_blocks: bool = option(True, FLAG)
-    islands: str = option("keep", one_of("keep", "bf16"))
+    islands: str = option("keep", one_of("keep", "bf16", "tf32"))
 
 
 @dataclasses.dataclass(frozen=True)

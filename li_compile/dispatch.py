@@ -19,6 +19,7 @@ from li_compile.pipeline import Base, Facts, build, prepare
 from li_compile.regions import lower_regions
 from li_compile.report import GraphReport
 from li_compile.reuse import why_not
+from li_compile.tf32 import tf32, within_tf32
 
 
 _WARMING: contextvars.ContextVar[bool] = contextvars.ContextVar("li_compile_warming", default=False)
@@ -106,7 +107,10 @@ class Dispatcher(Calls):
         base, regions = self.bases[length]
         module, report = build(self.facts, self.config, fakes, mode, kept=variant.kept, reuse=variant.reuse, base=base)
         self.report.variants.append(report)
-        self.compiled[variant] = LoopVariant.of(self.facts, module, report, lower_regions(module, inputs, self.lower, regions))
+        in_tf32 = self.config.exact.islands == "tf32" and report.counts().get("islands", 0) > 0
+        with tf32() if in_tf32 else contextlib.nullcontext():  # Inductor's own products are written for it or not
+            run = lower_regions(module, inputs, self.lower, regions)
+        self.compiled[variant] = LoopVariant.of(self.facts, module, report, within_tf32(run) if in_tf32 else run)
         report.seconds = time.perf_counter() - started
 
 

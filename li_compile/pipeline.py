@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import math
 import pathlib
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,10 +27,11 @@ from li_compile.passes.functional_writes import functional_writes
 from li_compile.passes.index_slices import index_slices
 from li_compile.passes.invariants import invariants
 from li_compile.passes.islands import describe as describe_islands
-from li_compile.passes.islands import lower_islands
+from li_compile.passes.islands import islands_in_tf32, lower_islands
 from li_compile.passes.merge_regions import merge_regions
 from li_compile.passes.normalize import normalize
 from li_compile.passes.pack_context import pack_context
+from li_compile.passes.padding import padding_left_out
 from li_compile.passes.propagate import propagate, tidy
 from li_compile.passes.plain_einops import plain_einops
 from li_compile.passes.prune_cache import prune_cache
@@ -46,8 +48,8 @@ from li_compile.patterns import registry
 from li_compile.patterns.context_check import check_context
 from li_compile.patterns.find_spellings import Found, find_spellings, fired, never_fired
 from li_compile.patterns.graph import hint, placeholders, value
-from li_compile.patterns.matching import match_attention, match_context, match_loop
-from li_compile.patterns.recognise import FRAME, family_of_graph, qualified
+from li_compile.patterns.matching import input_shapes, match_attention, match_context, match_loop
+from li_compile.patterns.recognise import FRAME, family_of_graph, group_of, qualified
 from li_compile.report import GraphReport, VariantReport
 from li_compile.reuse import apply_reuse, describe, found_loop
 
@@ -187,7 +189,17 @@ def report_of(index: int, facts: Facts) -> GraphReport:
     if facts.family is not None:
         found["family"] = facts.family.name
     flops, moved = cost(facts.module)
-    return GraphReport(index, len(facts.module.graph.nodes), found, facts.misses, flops, moved)
+    return GraphReport(index, len(facts.module.graph.nodes), found, facts.misses, flops, moved, prepared=_prepared(facts))
+
+
+def _prepared(facts: Facts) -> list[Record]:
+    """What the family's preparation left out of a graph."""
+    family = facts.family
+    if family is None or family.padded is None or not facts.sites or (latents := family.padded(input_shapes(facts.module))) is None:
+        return []
+    tokens, padded = (hint(n) * math.prod(facts.sites[0].grid) for n in latents)
+    record = padding_left_out(facts.module, tokens, padded, lambda node: group_of(node, family) in family.never_padded)
+    return [] if record is None else [record]
 
 
 def constant_lengths(facts: Facts) -> set[int]:
@@ -239,8 +251,8 @@ def prepare(facts: Facts, config: Config, inputs: Sequence[Any], mode, kept: int
             if getattr(config.exact, run.__name__):
                 with_loop = run is invariants and facts.loop is not None
                 apply(run.__name__, (lambda m: invariants(m, found_loop(m, facts.family))) if with_loop else run)
-        if config.exact.islands == "bf16":
-            apply("islands", lower_islands)
+        if config.exact.islands != "keep":
+            apply("islands", lower_islands if config.exact.islands == "bf16" else islands_in_tf32)
     if config.sparse.enabled:
         s = config.sparse
         apply("sparse_attention", lambda m: sparse_attention(

@@ -78,6 +78,7 @@ class VariantReport:
 class GraphReport:
     """One graph that Dynamo traced. flops and bytes: as traced, of products only (passes/cost.py).
 
+    prepared: what the family's preparation left out before tracing, records as of passes; no part of flops and bytes.
     Of ``explain`` alone: sites, the attention that was matched; ms, at the roofline; outline, of the graph as traced.
     """
 
@@ -91,6 +92,7 @@ class GraphReport:
     ms: float | None = None
     sites: list[SiteReport] = dataclasses.field(default_factory=list)
     outline: Outline | None = None
+    prepared: list[Any] = dataclasses.field(default_factory=list)  # of li_compile.passes.record.Record
 
     def left_alone(self) -> list[tuple[Any, int]]:
         """Everything that was not matched or not rewritten, one for each pattern, reason and line, and how often."""

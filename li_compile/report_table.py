@@ -48,14 +48,20 @@ def _patterns(graph: GraphReport) -> Table:
         table.add_column(name, justify="right")
     for name, what in graph.found.items():
         table.add_row(escape(name), escape(str(what)))
+    for record in graph.prepared:
+        table.add_row(escape(record.name), escape(_done(record)), *_saved(None, record))
     for variant in graph.variants:
         table.add_section()
         table.add_row(f"[bold]{variant.label}", f"[bold]{_total(variant)}")
         saved = {e.name: e.saved for e in variant.effects}
         for record in variant.records:
-            detail = "; ".join(dict.fromkeys(record.details)) or ("nothing to do" if not record.count else "")
-            table.add_row(f"  {record.name}", escape(f"{record.count} x  {_short(detail)}"), *_saved(saved.get(record.name), record))
+            table.add_row(f"  {record.name}", escape(_done(record)), *_saved(saved.get(record.name), record))
     return table
+
+
+def _done(record: Record) -> str:
+    detail = "; ".join(dict.fromkeys(record.details)) or ("nothing to do" if not record.count else "")
+    return f"{record.count} x  {_short(detail)}"
 
 
 def _total(what: GraphReport | VariantReport) -> str:

@@ -48,7 +48,8 @@ def _operations(node: Node) -> int | None:
         return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
     if node.target is torch.ops.li.sparse_attention.default:
         q, keys, _, roles, height, width, tile, block, topk, prefill, _, _, _, heads = node.args
-        return _sparse(q, [_dims(value(k))[2] for k in keys], roles, height, width, tile, block, topk, prefill, heads)
+        protected = node.kwargs.get("protected", 0)
+        return _sparse(q, [_dims(value(k))[2] for k in keys], roles, height, width, tile, block, topk, prefill, heads, protected)
     if node.target is torch.ops.li.sparse_decode.default:
         q, _, _, _, _, _, _, lengths, roles, height, width, tile, block, topk, _, _, _, heads = node.args
         lengths = [*lengths, _dims(value(q))[2]]
@@ -56,9 +57,9 @@ def _operations(node: Node) -> int | None:
     return None
 
 
-def _sparse(q: Node, lengths, roles, height, width, tile, block, topk, prefill, heads) -> int:
+def _sparse(q: Node, lengths, roles, height, width, tile, block, topk, prefill, heads, protected=0) -> int:
     batch, heads_, n, dim = _dims(value(q))
-    ratio = density(lengths, roles, height, width, tuple(tile), block, topk, prefill, tuple(heads)).ratio
+    ratio = density(lengths, roles, height, width, tuple(tile), block, topk, prefill, tuple(heads), protected).ratio
     return int(4 * batch * heads_ * n * dim * sum(lengths) * ratio)
 
 

@@ -5,6 +5,8 @@ Before::                                          After (``exact.islands="bf16"`
     with autocast(enabled=False):                     h = linear(x.to(bf16), w.to(bf16), b.to(bf16)).to(float32)
         h = linear(x.float(), w, b)
 
+With ``exact.islands="tf32"`` the graph stays as it is, and runs with CUDA's products in TF32 (li_compile/tf32.py).
+
 Authors put them where half precision hurt in training, and leave them where it does not: on an H100 a product in fp32 takes
 more than ten times as long. Whether one matters for quality only a trained model shows, so none is touched by default.
 """
@@ -17,6 +19,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from li_compile.patterns import Miss
 from li_compile.patterns.graph import LINEAR, MATMUL, SDPA, calls, name_of, region_calls, source_line, subgraphs, value
 
 from .cost import cost_of
@@ -66,6 +69,20 @@ def lower_islands(module: GraphModule, dtype: torch.dtype = torch.bfloat16) -> R
         record.count += times
     if record.count:
         record.details.append(f"{record.count} products in {str(dtype).removeprefix('torch.')}")
+    return record
+
+
+def islands_in_tf32(module: GraphModule) -> Record:
+    """Count the islands of a graph that the switch reaches: those on CUDA. Changes nothing; whoever runs the graph throws the switch."""
+    record = Record("islands")
+    for node, times in find_islands(module):
+        device = value(node).device.type
+        if device == "cuda":
+            record.count += times
+        else:
+            record.misses.append(Miss("islands", node.name, f"{device} has no TF32; this product stays in fp32", source_line(node)))
+    if record.count:
+        record.details.append(f"{record.count} products in TF32, by a switch while this graph runs")
     return record
 
 

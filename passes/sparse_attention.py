@@ -5,8 +5,9 @@ Before::                                                  After::
     k1 = cat([context_k, k], 2); k2 = cat([text_k, k1], 2)     o = li.sparse_attention(q, [text_k, context_k, k],
     o = scaled_dot_product_attention(q, k2, v2)                        [text_v, context_v, v], roles=[0, 1, 2], ...)
 
-Text and current frames are read whole, context by top-k blocks of 3D tiles (paper section 3.3). Leading layers stay
-dense; a nested region that serves both kinds of layers is split in two.
+Text and current frames are read whole, context by top-k blocks of 3D tiles (paper section 3.3), also where both are one
+sequence, of which the family tells the current frames. Leading layers stay dense; a nested region that serves both kinds
+of layers is split in two.
 """
 
 from __future__ import annotations
@@ -34,13 +35,16 @@ def sparse_attention(module: GraphModule, sites: list[AttentionSite], *, topk_ra
     for site in sites:
         miss = lambda reason: record.misses.append(
             Miss("sparse attention", site.node.name, reason, source_line(site.node)))
-        role = CONTEXT if site.kind == "decode" else CURRENT
-        frames = site.frames(role)
+        if site.protected is None:
+            miss("the family's inputs do not tell which of its frames are new and must be read whole")
+            continue
+        history = site.kind == "decode" or site.protected > 0
+        frames = site.chosen_from
         if isinstance(frames, int) and frames < min_context:
-            miss(f"{frames} {ROLE_NAMES[role]} frames, sparse from {min_context} (sparse.min_context)")
+            miss(f"{frames} {ROLE_NAMES[CONTEXT if history else CURRENT]} frames, sparse from {min_context} (sparse.min_context)")
             continue
         heads = shape(site.query)[1]
-        if head_ratios is not None and site.kind == "decode" and len(head_ratios) != heads:
+        if head_ratios is not None and history and len(head_ratios) != heads:
             miss(f"sparse.head_ratios has {len(head_ratios)} ratios, and here are {heads} heads; give one a head")
             continue
         chosen = [c for c, layer in zip(site.calls, site.layers) if order.index(layer) >= skip_layers]
@@ -49,9 +53,10 @@ def sparse_attention(module: GraphModule, sites: list[AttentionSite], *, topk_ra
         if not chosen:
             continue
         owner, node = _owner(module, site, chosen)
-        _rewrite(owner, node, site, settings, list(head_ratios or ()) if site.kind == "decode" else [])
+        _rewrite(owner, node, site, settings, list(head_ratios or ()) if history else [])
         record.count += len(chosen)
         kinds = " | ".join(f"{ROLE_NAMES[s.role]} {s.length}" for s in site.segments)
+        kinds += f", the last {site.protected} frames protected" if site.protected else ""
         kernel, why = expected_provider(value(site.query), block_size)
         record.details.append(f"{site.kind}: {len(chosen)} x [{kinds}], {site.branches} branches, kernel {kernel} ({why})")
     return record
@@ -85,7 +90,8 @@ def _rewrite(owner: GraphModule, node: Node, site: AttentionSite, settings: tupl
         new = owner.graph.call_function(
             torch.ops.li.sparse_attention.default,
             (own[site.query.name], keys, values, [s.role for s in site.segments], *site.grid, tile, block_size, topk,
-             prefill, sub_blocks, float(site.scale or head_dim**-0.5), summary, head_ratios))
+             prefill, sub_blocks, float(site.scale or head_dim**-0.5), summary, head_ratios),
+            {"protected": site.protected} if site.protected else {})
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     owner.graph.erase_node(node)

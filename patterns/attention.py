@@ -40,6 +40,7 @@ class AttentionSite:
 
     calls: the region's calls, or the attention node itself. layers: of each call, the weight that makes its queries:
     one name a layer of the model, the same in all denoising steps. frames: latent frames of (context, current).
+    protected: of a prefill's frames, how many at the end are new; None: that cannot be told, though the family has some.
     """
 
     node: Node
@@ -52,12 +53,18 @@ class AttentionSite:
     branches: int
     calls: list[Node]
     layers: list[str]
+    protected: int | None = 0
 
     def tokens(self, *roles: int):
         return sum(s.length for s in self.segments if s.role in roles)
 
     def frames(self, role: int):
         return self.tokens(role) // (self.grid[0] * self.grid[1])
+
+    @property
+    def chosen_from(self):
+        """Latent frames that block-sparse attention chooses from: the context, or of a prefill all that are not protected."""
+        return self.frames(CONTEXT) if self.kind == "decode" else self.frames(CURRENT) - (self.protected or 0)
 
 
 def token_grids(module: GraphModule) -> list[tuple[int, int]]:

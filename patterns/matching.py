@@ -15,12 +15,21 @@ from .recognise import group_of
 from .registry import Family, patterns
 
 
+def input_shapes(module: GraphModule) -> dict[str, tuple]:
+    """Of each tensor among a graph's inputs, as families are asked by."""
+    return {p.name: tuple(s) for p in placeholders(module.graph) if (s := shape(p)) is not None}
+
+
 def match_attention(module: GraphModule, family: Family | None, grid: tuple[int, int] | None) -> tuple[list[AttentionSite], list[Miss]]:
     """Attention sites, without the groups that the family opts out of."""
     sites, misses = find_attention(module, grid or (family.grid if family else None))
     cached = {n.name for n in module.graph.nodes if calls(n, SDPA) and cache_reads(n) is not None}
     misses = [dataclasses.replace(m, reason="its keys are read from a preallocated cache, of which pruned context selects frames; "
                                   "block-sparse attention does not apply") if m.node in cached else m for m in misses]
+    if family is not None and family.current is not None:
+        new = family.current(input_shapes(module))
+        for site in (s for s in sites if s.kind == "prefill"):
+            site.protected = new
     if family is None or not family.groups:
         return sites, misses
     nodes = {(source_line(n), n.name): n for m in (module, *subgraphs(module).values()) for n in m.graph.nodes if calls(n, SDPA)}

@@ -53,6 +53,12 @@ class Family:
     grid: rows and columns of tokens in a latent frame, or None to read them from the graph.
     positions: of context frames that are kept, "keep" their temporal indices, "compact" them to the ones just before the
         current frames, or None: an input with indices is kept, what follows from the context's length is compacted.
+    current: where history and new latents go through the model in one sequence, called as ``current(shapes)`` with the shape of each
+        tensor among a graph's inputs, by the name it has there ("l_x_" of an argument x): it returns how many latents at the end of
+        that sequence are new, which sparse attention always reads whole, or None where the inputs don't tell.
+    padded: where preparation leaves out padding, called as ``padded(shapes)`` like ``current``: it returns the latents that the graph's
+        sequence holds and those that the model's own code pads it to, or None. The report says what the difference would cost.
+    never_padded: groups of attention whose modules the model's own code hands no padding.
     groups: name -> part of a module path (``fnmatch``) that says which attention belongs to it, for reports and opt-outs.
     attention: names of registered attention patterns that every graph of the family must hold.
     context: the one form of context to look for ("frames", "cache", "latents", "slices", or a registered pattern), or None: any.
@@ -65,6 +71,9 @@ class Family:
     roles: Mapping[str, str] = dataclasses.field(default_factory=dict)
     grid: tuple[int, int] | None = None
     positions: str | None = None
+    current: Callable | None = None
+    padded: Callable | None = None
+    never_padded: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     prepare: Callable | None = None
@@ -81,11 +90,14 @@ class Family:
     def __post_init__(self) -> None:
         if self.positions not in (None, "keep", "compact"):
             raise ValueError(f"positions of family {self.name!r} is {self.positions!r}; it must be 'keep', 'compact' or None")
-        for field in ("modules", "requires", "pipelines", "attention", "opt_out"):
+        for field in ("modules", "requires", "pipelines", "attention", "opt_out", "never_padded"):
             if isinstance(getattr(self, field), str):
                 raise ValueError(f"{field} of family {self.name!r} is a string; it must be a tuple of strings")
         if self.pipelines and self.attach is None:
             raise ValueError(f"family {self.name!r} names pipelines, but not what to do with one; give attach")
+        if unknown := set(self.never_padded) - set(self.groups):
+            raise ValueError(f"family {self.name!r} says of {', '.join(sorted(unknown))} that it is never padded, which is none of its groups "
+                             f"({', '.join(self.groups) or 'none'})")
         unknown = set(self.opt_out) - set(self.groups) - {"context", "loop"}
         if unknown:
             raise ValueError(f"family {self.name!r} opts out of {', '.join(sorted(unknown))}, which is neither 'context' nor 'loop' nor "

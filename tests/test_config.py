@@ -190,7 +190,8 @@ def test_digest_follows_meaning():
     flags = [f.name for f in dataclasses.fields(base.exact) if f.name not in ("enabled", "islands")]
     changes |= {f"exact.{name}": False for name in flags}
     digests = {Config.from_options({key: value}).digest() for key, value in changes.items()}
-    assert len(digests | {base.digest()}) == len(changes) + 1
+    digests.add(Config.from_options({"exact.islands": "tf32"}).digest())
+    assert len(digests | {base.digest()}) == len(changes) + 2
 
 
 def test_digest_of_inductor_passes():

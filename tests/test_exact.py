@@ -13,6 +13,8 @@ from tracing import TINY, Compiled, Traced, fired, relative
 
 import li_compile
 from li_compile import _compat
+from li_compile.config import Config
+from li_compile.dispatch import Dispatcher
 from li_compile.passes.cost import cost
 from li_compile.passes.dead_tails import dead_tails
 from li_compile.passes.equal_rows import equal_rows
@@ -23,7 +25,8 @@ from li_compile.passes.propagate import propagate, tidy
 from li_compile.passes.real_arithmetic import real_arithmetic
 from li_compile.passes.small_products import small_products
 from li_compile.patterns.graph import REGION, name_of, region_calls, subgraphs
-from li_compile.pipeline import EXACT, canonical
+from li_compile.pipeline import EXACT, canonical, match, report_of
+from li_compile.tf32 import within_tf32
 
 region = torch.compiler.nested_compile_region
 NAMES = [run.__name__ for run in EXACT]
@@ -594,3 +597,75 @@ def test_small_products_of_free_lengths():
     assert any(isinstance(fake, torch.SymInt) for fake in traced.fakes)
     done = Rewritten(traced, torch.randn(2, 4, 4, 4), torch.randn(2, 5, 4, 6, 7, 4), passes=(small_products,))
     assert done.count == 1 and done.error() <= 1e-6
+
+
+# ... or in TF32, on CUDA: by a switch of the process, which is on while the graph is compiled and while it runs.
+
+MATMUL = torch.backends.cuda.matmul
+
+
+class Cast(nn.Module):
+    """A model in bf16, and one product of it that is not. fp32: all of it in full precision."""
+
+    def __init__(self, fp32: bool = False):
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 16, dtype=torch.float32 if fp32 else torch.bfloat16), nn.Linear(16, 16)
+
+    def forward(self, x):
+        return self.b(self.a(x.to(self.a.weight.dtype)).float())
+
+
+def dispatched(model, device: str, islands: str):
+    """(fp32's precision on CUDA when a graph of that device is compiled and when it runs, its report). The tensors are fakes: a GPU's graph
+    can be seen to without one."""
+    traced, seen = Traced(model, torch.randn(4, 16)), []
+    mode, fakes = _compat.static_fakes([x.to("meta") for x in traced.example], [torch.device(device)] * len(traced.example))
+    config = Config.from_options({"preset": "exact", "strict": True, "exact.islands": islands})
+    facts = match(canonical(traced.module, fakes, config), config)
+    report = report_of(0, facts)
+
+    def lower(module, inputs):
+        seen.append(MATMUL.fp32_precision)
+        return lambda *args: seen.append(MATMUL.fp32_precision) or args
+
+    Dispatcher(facts, config, fakes, fakes, lower, report)(*fakes)
+    return seen, report
+
+
+@pytest.fixture
+def precision(request):
+    """fp32's precision on CUDA, as a user set it before."""
+    was, MATMUL.fp32_precision = MATMUL.fp32_precision, request.param
+    yield request.param
+    MATMUL.fp32_precision = was
+
+
+@pytest.mark.parametrize("precision", ["none", "ieee", "tf32"], indirect=True)
+def test_islands_in_tf32_are_so_while_their_graph_is_compiled_and_runs(precision):
+    before = precision
+    seen, report = dispatched(Cast(), "cuda", "tf32")
+    assert seen == ["tf32", "tf32"] and MATMUL.fp32_precision == before
+    (record,) = (r for r in report.variants[0].records if r.name == "islands")
+    assert record.count == 1 and record.details == ["1 products in TF32, by a switch while this graph runs"] and not record.misses
+    for model, islands in ((Cast(), "keep"), (Cast(), "bf16"), (Cast(fp32=True), "tf32")):  # a model in fp32 is no island
+        seen, report = dispatched(model, "cuda", islands)
+        assert seen == [before, before] and report.variants[0].counts().get("islands") == {"keep": None, "bf16": 1, "tf32": 0}[islands]
+
+
+def test_the_switch_is_off_again_after_a_graph_that_fails():
+    """In both of its spellings, which torch refuses to read where they disagree."""
+    before = MATMUL.fp32_precision
+    assert within_tf32(lambda: (MATMUL.fp32_precision, MATMUL.allow_tf32, torch.get_float32_matmul_precision()))() == ("tf32", True, "high")
+    with pytest.raises(ZeroDivisionError):
+        within_tf32(lambda: 1 / 0)()
+    assert (MATMUL.fp32_precision, MATMUL.allow_tf32, torch.get_float32_matmul_precision()) == (before, False, "highest")
+
+
+def test_where_there_is_no_tf32_islands_stay_and_the_report_says_so():
+    seen, report = dispatched(Cast(), "cpu", "tf32")
+    assert seen == [MATMUL.fp32_precision] * 2 and report.variants[0].counts()["islands"] == 0
+    assert "cpu has no TF32; this product stays in fp32" in {m.reason for m, _ in report.left_alone()}
+    model, x = Cast(), torch.randn(4, 16)
+    compiled = Compiled(Traced(model, x), {"preset": "exact", "lowering": "eager", "exact.islands": "tf32"})
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model(x))

@@ -201,6 +201,7 @@ def branching(x):
     ({"gates": "host"}, "gates='host' is unknown"),
     ({"sparse": "fast"}, "sparse='fast' is unknown"),
     ({"sparse": "plugin"}, "sparse='plugin' is not for target 'exported_program'"),
+    ({"config": li_compile.Config(preset="exact", exact={"islands": "tf32"})}, "exact.islands='tf32' is a switch around the graphs of a process"),
     ({"model": branching}, "torch.export cannot trace branching"),
     ({"gates": "device"}, "gates='device', and there is nothing to gate: no model is called more than once"),
 ])

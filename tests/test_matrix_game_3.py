@@ -16,6 +16,7 @@ from test_policies import matrix_game as poses_of
 from tracing import relative, seeded
 
 import li_compile
+from li_compile.kernels.layout import neighbour_mask, tile_order
 from li_compile.patterns import Family, register_family, registry
 from li_compile.patterns.families import matrix_game_3 as family
 from li_compile.patterns.families.matrix_game_3_clip import Clip
@@ -139,16 +140,99 @@ def test_a_clip_is_one_graph_whose_steps_share_one_region(own_report, lowering, 
     assert counts["share_steps"] == 3 and counts["functional_writes"] == 3 * (depth - 1) * (8 if clip else 4)
 
 
-def test_explain(own_report):
+TILED = {"lowering": "eager", "strict": True, "family": "reduced_matrix_game", "preset": "sparse", "sparse.tile": (4, 2, 2), "sparse.block_size": 16,
+         "sparse.skip_layers": 0}
+
+
+def with_blocks_left_out(q, k, v):
+    """A model's attention, of which the self-attention of a later clip keeps neighbouring blocks and those of the last 10 latents alone."""
+    mask = None
+    if k.shape[1] == 19 * 6:
+        order = tile_order(19, 2, 3, (4, 2, 2))
+        block = torch.argsort(order) // 16
+        late = {int(block[i]) for i in range(9 * 6, 19 * 6)}
+        kept = neighbour_mask(19, 2, 3, (4, 2, 2), 16).clone()
+        kept[:, sorted(late)] = True
+        assert len(late) < len(kept) and not kept.all()
+        mask = F.pad(kept[block][:, block], (0, 0, 0, q.shape[1] - k.shape[1]), value=True)  # queries are padded
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask).transpose(1, 2)
+
+
+@pytest.mark.parametrize("ratio", [0.01, 1.0])
+def test_new_latents_of_a_clip_are_read_whole_at_any_ratio(small_family, own_report, monkeypatch, ratio):
+    """Of the rest what blocks score, of which there is nothing here at the lower ratio but neighbours."""
+    model, given = seeded(MatrixGame, depth=2, regional=True), inputs(1)
+    compiled = li_compile.compile(Clip(model), li_compile.Config.from_options(TILED | {"sparse.topk_ratio": ratio, "sparse.prefill_ratio": 0.01}))
+    with torch.no_grad():
+        got, dense = compiled(*clip_arguments(given)), by_hand(model, given)
+        monkeypatch.setattr(matrix_game, "attend", with_blocks_left_out)
+        assert relative(got, dense if ratio == 1.0 else by_hand(model, given)) <= 1e-5
+    assert (relative(got, dense) <= 1e-5) == (ratio == 1.0)
+    (graph,) = compiled.report().graphs
+    assert graph.variants[0].counts()["sparse_attention"] == 3 * 2
+    (record,) = (r for r in graph.variants[0].records if r.name == "sparse_attention")
+    assert all("[current 114, the last 10 frames protected]" in d for d in record.details) and not record.misses
+    assert (record.flops > 0) == (ratio < 1), "as much as is left out"
+
+
+def test_a_first_clip_has_no_history_to_choose_from(small_family, own_report):
+    model, given = seeded(MatrixGame, depth=1), inputs(0)
+    compiled = li_compile.compile(Clip(model), li_compile.Config.from_options(TILED))
+    with torch.no_grad():
+        assert relative(compiled(*clip_arguments(given)), by_hand(model, given)) <= 1e-5
+    (graph,) = compiled.report().graphs
+    assert graph.variants[0].counts()["sparse_attention"] == 0
+    assert "1 context frames, sparse from 8 (sparse.min_context)" in {m.reason for m, _ in graph.left_alone()}
+
+
+def test_where_new_latents_cannot_be_told_attention_stays_dense(small_family, own_report):
+    """A function whose arguments have names of its own."""
+    model = seeded(MatrixGame, depth=1)
+    clip = Clip(model)
+    run = lambda noise, *rest: clip(noise, *rest)
+    compiled = li_compile.compile(run, li_compile.Config.from_options(TILED))
+    with torch.no_grad():
+        assert relative(compiled(*clip_arguments(inputs(1))), by_hand(model, inputs(1))) <= 1e-5
+    (graph,) = compiled.report().graphs
+    assert graph.variants[0].counts()["sparse_attention"] == 0
+    assert "the family's inputs do not tell which of its frames are new and must be read whole" in {m.reason for m, _ in graph.left_alone()}
+
+
+def test_new_latents_by_the_inputs():
+    window = {"l_x_": (1, 4, 14, 4, 6), "l_plucker_emb_": (1, 6, 19, 4, 6)}
+    assert family.current(window | {"l_x_memory_": (1, 4, 5, 4, 6)}) == 10
+    assert family.current({"l_latents_": (1, 4, 15, 4, 6), "l_given_plucker_emb_": (1, 6, 15, 4, 6)}) == 14
+    assert family.current({"l_noise_": (1, 4, 15, 4, 6)}) is None
+
+
+def test_explain(small_family, own_report):
     report = li_compile.explain(Clip(seeded(MatrixGame, depth=2)), *clip_arguments(inputs(1), prune=True),
-                                config=li_compile.Config.from_options({k: v for k, v in SLOTS.items() if k != "strict"} | {"sparse.tile": (4, 2, 2), "sparse.block_size": 16}))
+                                config=li_compile.Config.from_options(SLOTS | TILED | {"preset": "all"}))
     (graph,) = report.graphs
     assert not report.breaks and graph.found["attention, prefill"].startswith("6 sites, grid 2 x 3")
     assert "form latents" in graph.found["context"] and "multistep" in graph.found["denoising loop"]
     assert [(v.kept, v.reuse) for v in graph.variants] == [(1, False), (5, True)]
     assert graph.variants[0].counts()["prune_context"] > 0 and graph.variants[1].counts()["cached_steps"] == 1
+    (padding,), pruned = graph.prepared, [r for v in graph.variants for r in v.records if r.name == "prune_context"]
+    assert padding.details == ["6 of 120 tokens, exact, by the family's preparation"] and padding.flops > 0, "with memory's size a symbol"
+    assert [r.flops > 0 for r in pruned] == [True, False], "what pruning saves, which is approximate, is told apart"
+    assert [v.counts()["sparse_attention"] for v in graph.variants] == [0, 6], "of 5 and of 9 latents of history"
     reasons = [m.reason for m in graph.misses if m.pattern == "attention"]
     assert any("another stream" in r for r in reasons) and any("no whole number of latent frames" in r for r in reasons)
+
+
+@pytest.mark.parametrize("clip", [0, 1])
+def test_what_padding_would_cost_is_what_the_padded_graph_costs_more(small_family, own_report, clip):
+    """To the operation and byte."""
+    model, (x, _, _, given) = seeded(MatrixGame, depth=2), clip_arguments(inputs(clip))
+    given |= {"x": x, "t": times(x, 1.0, PAST if clip else 1)} | ({"timestep_memory": torch.zeros(1, 5 * 6)} if clip else {})
+    config = li_compile.Config.from_options({"preset": "exact", "lowering": "eager", "strict": True, "family": "reduced_matrix_game"})
+    bare, padded = (li_compile.explain(model, config=config, **given, seq_len=n) for n in (0, matrix_game.LONGEST * 6))
+    ((bare_graph,), (padded_graph,)) = bare.graphs, padded.graphs
+    (record,) = bare_graph.prepared
+    assert record.details == [f"{6 if clip else 30} of 120 tokens, exact, by the family's preparation"]
+    assert record.flops == padded_graph.flops - bare_graph.flops > 0 and record.bytes == padded_graph.bytes - bare_graph.bytes > 0
+    assert not padded_graph.prepared and "padding left out" in str(bare) and "padding left out" in bare.html() and "padding left out" not in str(padded)
 
 
 # A rollout.
@@ -210,7 +294,8 @@ def small_family():
         patch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
         patch.setattr(registry, "_ORIGINS", dict(registry._ORIGINS))
         yield register_family(Family("reduced_matrix_game", pipelines=(f"{__name__}.Pipeline",), attach=attach, positions="keep",
-                                     roles={"positions": "memory_latent_idx"}))
+                                     roles={"positions": "memory_latent_idx"}, current=family.current, padded=family.padded,
+                                     groups={"action attention": ".actions"}, never_padded=("action attention",)))
 
 
 def test_with_nothing_left_out_a_rollout_is_upstreams_and_detach_puts_all_back(small_family, own_report):

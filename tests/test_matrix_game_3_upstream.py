@@ -56,6 +56,9 @@ MOST = {torch.float32: 1e-5, torch.bfloat16: 3e-3}
 def test_with_nothing_left_out_it_is_upstreams_result(upstream, own_report, clip, given):
     got, want, report = compiled_and_upstream(upstream, clip, **given)
     assert relative(got.float(), want.float()) <= MOST[upstream.dtype]
+    if given["preset"] == "sparse":  # the first clip has one latent that is not new
+        assert report.counts()["sparse_attention"] == (2 if clip else 0)
+        assert not clip or "the last 10 frames protected" in str(report)
     if given["preset"] == "exact":
         assert (report.counts()["functional_writes"] > 0) == bool(clip) and report.counts()["invariants"] > 0
 
@@ -74,6 +77,8 @@ def test_explain(upstream):
     assert "(form latents), 6 tokens a frame" in graph.found["context"]
     assert all(name in graph.found["context"] for name in matrix_game_3.MEMORY)
     assert ("precision islands" in graph.found) == (upstream.dtype == torch.bfloat16)
+    (padding,) = graph.prepared
+    assert padding.details == ["6 of 120 tokens, exact, by the family's preparation"] and padding.flops > 0
     groups = {m.reason.split("'")[1] for m in graph.misses if m.pattern == "attention"}
     assert groups == {"cross-attention", "action attention"}
     assert {"wan.modules.model.torch", "wan.modules.model.flash_attention", "wan.modules.model.rope_apply_with_indices"} <= set(report.prepared)

@@ -445,3 +445,8 @@ def test_the_command_lists_families_and_patterns_with_their_origin():
     run = CliRunner().invoke(app, ["families"], env={"COLUMNS": "200"})
     lines = {line.split("│")[1].strip(): line for line in run.stdout.splitlines() if line.count("│") == 4}
     assert "built in" in lines["doom_world"] and "built in" in lines["flash_attn"] and __name__ in lines["fast"]
+
+
+def test_a_group_that_is_never_padded_must_be_one_of_the_familys():
+    with pytest.raises(ValueError, match=r"says of actions that it is never padded, which is none of its groups \(text\)"):
+        Family("x", groups={"text": ".text"}, never_padded=("actions",))

@@ -122,6 +122,9 @@ class _Job:
             raise ExportError(f"{type(model).__name__} is neither a module nor a function")
         self.model, self.config = model, with_family(Config() if config is None else config, model)
         self.engine_rows: list[dict[str, Any]] = []  # what would become of our operators in TensorRT
+        if self.config.exact.enabled and self.config.exact.islands == "tf32":
+            raise ExportError("exact.islands='tf32' is a switch around the graphs of a process, and no part of an artifact; export with "
+                              "'keep' or 'bf16', and set TF32 where the artifact runs")
         self.calls = [(tuple(args), dict(kwargs or {})), *((tuple(a), dict(k)) for a, k in also)]
 
     def run(self, folder: pathlib.Path | None, progress: Progress) -> ExportReport:

@@ -144,4 +144,4 @@ def _plan(name: str, arguments: dict[str, Any]):
     decode = name == "li::sparse_decode"
     lengths = [*a["lengths"], size(a["q"])] if decode else [size(k) for k in a["k"]]
     return make_plan(lengths, [*a["roles"], CURRENT] if decode else a["roles"], a["height"], a["width"], tuple(a["tile"]), a["block_size"],
-                     a["topk_ratio"], 1.0 if decode else a["prefill_ratio"], tuple(a.get("head_ratios") or ()))
+                     a["topk_ratio"], 1.0 if decode else a["prefill_ratio"], tuple(a.get("head_ratios") or ()), a.get("protected", 0))

@@ -17,8 +17,10 @@ import torch.nn.functional as F
 
 from .._compat import dynamo_config
 from ..registry import Family, register_family
+from .matrix_game_3_clip import IMAGE, PAST
 
 PACKAGE = "wan.modules"
+PADDED = 20  # latents that upstream's pipeline pads every sequence to: 15 of a first clip and 5 of memory
 HALF = (torch.float16, torch.bfloat16)
 #: Argument of the model -> dimension along which it holds memory latents.
 MEMORY = {"x_memory": 2, "timestep_memory": 1, "mouse_cond_memory": 1, "keyboard_cond_memory": 1, "plucker_emb": 2, "memory_latent_idx": 0}
@@ -221,6 +223,25 @@ def arguments(model, args, kwargs):
     return (), given, None
 
 
+def window_and_memory(shapes):
+    """Latents of the window, None where no input is one, and of memory."""
+    window = next((shape[2] for name, shape in shapes.items() if name in ("l_x_", "l_latents_") and len(shape) == 5), None)
+    return window, next((shape[2] for name, shape in shapes.items() if "x_memory" in name and len(shape) == 5), 0)
+
+
+def current(shapes) -> int | None:
+    """New latents: of a clip's window, which follows the memory, all but those that the window begins with."""
+    window, memory = window_and_memory(shapes)
+    known = IMAGE if isinstance(memory, int) and memory == 0 else PAST
+    return window - known if isinstance(window, int) and window > known else None
+
+
+def padded(shapes) -> tuple[int, int] | None:
+    """Latents of a sequence, and those that upstream's pipeline pads it to."""
+    window, memory = window_and_memory(shapes)
+    return None if window is None else (window + memory, PADDED)
+
+
 def attach(pipeline, patch, rollout) -> None:
     from . import matrix_game_3_rollout
 
@@ -239,6 +260,9 @@ FAMILY = register_family(Family(
     holds=MEMORY,
     roles={"positions": "memory_latent_idx"},
     positions="keep",
+    current=current,
+    padded=padded,
+    never_padded=("action attention",),
     groups={"cross-attention": ".cross_attn", "action attention": ".action_model"},
     opt_out=("cross-attention", "action attention"),
 ))

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from li_compile.kernels.layout import block_coordinates, block_valid, neighbour_counts, neighbour_mask, num_blocks, row_places, tile_order
+from li_compile.kernels.layout import block_coordinates, block_valid, forced_counts, forced_mask, neighbour_mask, num_blocks, row_places, tile_order
 
 GRIDS = [((8, 12, 16), (4, 4, 4)), ((4, 30, 52), (4, 8, 4)), ((5, 7, 9), (4, 4, 4)), ((1, 1, 1), (4, 4, 4)), ((3, 22, 40), (4, 4, 8))]
 
@@ -61,7 +61,20 @@ def test_neighbours_of_whole_tiles():
     assert torch.equal(near, near.T) and near.diagonal().all()
     middle = next(i for i, c in enumerate(block_coordinates(12, 12, 16, (4, 4, 4), 64).tolist()) if c == [1, 1, 1])
     assert near[middle].sum() == 7
-    assert neighbour_counts(12, 12, 16, (4, 4, 4), 64) == tuple(near.sum(1).tolist())
+    assert torch.equal(forced_mask(12, 12, 16, (4, 4, 4), 64), near)
+    assert forced_counts(12, 12, 16, (4, 4, 4), 64) == (tuple(near.sum(1).tolist()), 0)
+
+
+@pytest.mark.parametrize("protected", [1, 4, 7])
+@pytest.mark.parametrize("grid", [(9, 5, 7), (12, 12, 16)], ids=str)
+def test_blocks_with_a_token_of_the_last_frames_are_forced_on_all(grid, protected):
+    """And no other on top of the neighbours, whatever tiles the frames' border cuts."""
+    tile, size = (4, 4, 4), 64
+    late = {i // size for i, token in enumerate(tile_order(*grid, tile).tolist()) if token // (grid[1] * grid[2]) >= grid[0] - protected}
+    want = neighbour_mask(*grid, tile, size).clone()
+    want[:, sorted(late)] = True
+    assert torch.equal(forced_mask(*grid, tile, size, protected), want)
+    assert forced_counts(*grid, tile, size, protected) == (tuple(want.sum(1).tolist()), len(late))
 
 
 def test_straddling_blocks_have_mean_coordinates():

@@ -30,13 +30,15 @@ def settings(topk, prefill, sub_blocks, heads=()):
     return HEIGHT, WIDTH, TILE, SIZE, topk, prefill, sub_blocks, DIM**-0.5, False, list(heads)
 
 
-CASES = {  # frames, context, text, (topk, prefill, sub_blocks, head_ratios)
+CASES = {  # frames, context, text, (topk, prefill, sub_blocks, head_ratios), protected frames
     "decode": (4, 12, 10, (0.3, 0.3, 1)),
     "decode, parts of blocks": (4, 12, 10, (0.3, 0.3, 4)),
     "decode, partial blocks, no text": (3, 5, 0, (0.3, 0.3, 2)),
     "decode, a budget a head": (4, 12, 7, (0.3, 0.3, 4, (0.2, 0.5))),
     "prefill": (12, 0, 9, (0.3, 0.4, 4)),
     "prefill, no text, partial blocks": (5, 0, 0, (0.3, 0.6, 2)),
+    "prefill, new frames protected": (12, 0, 9, (0.3, 0.4, 4), 4),
+    "prefill, new frames protected in blocks of both": (7, 0, 0, (0.5, 0.0, 2, (0.3, 0.7)), 2),
     "nothing of the history": (4, 12, 10, (0.0, 0.0, 1)),
     "dense": (4, 12, 10, (1.0, 1.0, 1)),
 }
@@ -44,11 +46,11 @@ CASES = {  # frames, context, text, (topk, prefill, sub_blocks, head_ratios)
 
 @pytest.mark.parametrize("case", CASES)
 def test_sparse_attention(case):
-    *sizes, ratios = CASES[case]
+    *sizes, ratios = CASES[case][:4]
     q, k, v, roles = problem(*sizes)
-    given = (q, k, v, roles, *settings(*ratios))
-    want = torch.ops.li.sparse_attention(*given)
-    got = native.sparse_attention(*given)
+    given, more = (q, k, v, roles, *settings(*ratios)), {"protected": sum(CASES[case][4:])}
+    want = torch.ops.li.sparse_attention(*given, **more)
+    got = native.sparse_attention(*given, **more)
     assert relative(got, want) <= 1e-6 and got.stride() == want.stride()
 
 

@@ -17,11 +17,11 @@ def make(lengths, batch=2, heads=3, dim=16, dtype=torch.float32):
     return segment(lq), [segment(n) for n in lengths], [segment(n) for n in lengths]
 
 
-def run(q, k, v, roles, topk=0.3, prefill=0.4, sub_blocks=1, height=H, width=W):
-    return sparse_attention(q, k, v, roles, height, width, TILE, SIZE, topk, prefill, sub_blocks, 0.25)
+def run(q, k, v, roles, topk=0.3, prefill=0.4, sub_blocks=1, height=H, width=W, **more):
+    return sparse_attention(q, k, v, roles, height, width, TILE, SIZE, topk, prefill, sub_blocks, 0.25, **more)
 
 
-def masked(q, k, v, roles, topk, prefill, height=H, width=W):
+def masked(q, k, v, roles, topk, prefill, height=H, width=W, protected=0):
     """Selection per segment by explicit loops, then SDPA with a token mask, all in the given order and fp64."""
     q, k, v = q.double(), [x.double() for x in k], [x.double() for x in v]
     members, owners = [], []  # token numbers in the concatenation, and role, of each block
@@ -38,6 +38,7 @@ def masked(q, k, v, roles, topk, prefill, height=H, width=W):
     decode = CONTEXT in roles
     pool = [j for j, role in enumerate(owners) if role == (CONTEXT if decode else CURRENT)]
     near = neighbour_mask(frames, height, width, tuple(TILE), SIZE)
+    late = {pool[n] for n, rows in enumerate(queries) if (rows // (height * width) >= frames - protected).any()} if protected else set()
     allowed = torch.zeros(*q.shape[:3], keys.shape[2], dtype=torch.bool)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
@@ -48,10 +49,10 @@ def masked(q, k, v, roles, topk, prefill, height=H, width=W):
                 if decode:
                     budget = int(topk * len(pool) + 1e-9)
                 else:
-                    forced = {j for n, j in enumerate(pool) if near[i, n]}
-                    kept |= forced
-                    budget = max(int(prefill * len(pool) + 1e-9) - len(forced), 0)
-                    score = {j: s for j, s in score.items() if j not in forced}
+                    forced = {j for n, j in enumerate(pool) if near[i, n] and j not in late}
+                    kept |= forced | late
+                    budget = max(int((topk if protected else prefill) * (len(pool) - len(late)) + 1e-9) - len(forced), 0)
+                    score = {j: s for j, s in score.items() if j not in forced | late}
                 kept |= set(sorted(score, key=score.get, reverse=True)[:budget])
                 for j in kept:
                     allowed[b, h, rows[:, None], members[j]] = True
@@ -100,6 +101,49 @@ def test_grid_that_tiles_do_not_divide(name, provider):
     out = run(q, k, v, roles, height=5, width=7)
     want, _ = masked(q, k, v, roles, 0.3, 0.4, 5, 7)
     assert (out.double() - want).norm() / want.norm() <= 1e-5
+
+
+#: History and new frames in one sequence: lengths, roles, new frames, rows and columns; the second with blocks that hold both.
+ONE_SEQUENCE = {"protected": ([33, 10 * H * W], [TEXT, CURRENT], 4, H, W), "protected, no text": ([9 * 35], [CURRENT], 3, 5, 7)}
+
+
+@pytest.mark.parametrize("sub_blocks", [1, 4])
+@pytest.mark.parametrize("name", ONE_SEQUENCE)
+def test_new_frames_of_one_sequence_are_protected(name, sub_blocks, provider):
+    lengths, roles, protected, height, width = ONE_SEQUENCE[name]
+    q, k, v = make(lengths)
+    q = torch.randn_like(q)
+    run_at = lambda topk, sub=1: run(q, k, v, roles, topk, 0.9, sub, height, width, protected=protected)
+    want, allowed = masked(q, k, v, roles, 0.45, 0.9, height, width, protected)
+    new = protected * height * width
+    assert allowed[..., -new:].all() and not allowed[..., :-new].all()
+    assert (run_at(0.45).double() - want).norm() / want.norm() <= 1e-5
+    dense = F.scaled_dot_product_attention(q, torch.cat(k, 2), torch.cat(v, 2), scale=0.25)
+    torch.testing.assert_close(run_at(1.0, sub_blocks), dense)
+    got = run_at(0.45, sub_blocks)
+    with use_provider("reference"):
+        torch.testing.assert_close(run_at(0.45, sub_blocks), got)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.1, 0.5, 0.9])
+def test_keys_of_new_frames_are_read_at_any_ratio(ratio, provider):
+    """New values are ones and those of history zeros: an output is the mass on new frames, at least what dense attention gives them."""
+    (length,), roles, protected, height, width = ONE_SEQUENCE["protected, no text"]
+    q, k, v = make([length])
+    new = protected * height * width
+    v[0].zero_()[:, :, -new:] = 1.0
+    got = run(q, k, v, roles, ratio, 0.0, 1, height, width, protected=protected)
+    dense = F.scaled_dot_product_attention(q, k[0], v[0], scale=0.25)
+    assert (got >= dense - 1e-6).all() and (got - dense).norm() / dense.norm() > 1e-3
+    plan = density([length], roles, height, width, tuple(TILE), SIZE, ratio, 0.0, protected=protected)
+    late = -(-length // SIZE) - min(i // SIZE for i, t in enumerate(tile_order(9, height, width, tuple(TILE)).tolist()) if t >= length - new)
+    assert min(plan.kept) >= late + int(ratio * (plan.total - late) + 1e-9) and max(plan.kept) < plan.total
+
+
+def test_all_frames_protected_is_dense():
+    q, k, v = make([4 * H * W])
+    want = F.scaled_dot_product_attention(q, k[0], v[0], scale=0.25)
+    torch.testing.assert_close(run(q, k, v, [CURRENT], 0.0, 0.0, protected=4), want)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -276,12 +320,18 @@ def test_wrong_arguments_say_what_is_wrong():
     ):
         with pytest.raises(ValueError, match=words):
             run(*arguments)
+    with pytest.raises(ValueError, match="protected counts frames .* without a context segment"):
+        run(q, k, v, roles, protected=1)
+    q, k, v, roles = pick("prefill")
+    with pytest.raises(ValueError, match="of at most 8 here"):
+        run(q, k, v, roles, protected=9)
 
 
 @pytest.mark.parametrize("summary", [False, True])
 def test_operators_are_well_formed(summary):
     q, k, v, roles = pick("decode")
     torch.library.opcheck(sparse_attention, (q, k, v, roles, H, W, TILE, SIZE, 0.3, 0.4, 1, 0.25, summary))
+    torch.library.opcheck(sparse_attention, (q, k[2:], v[2:], [CURRENT], H, W, TILE, SIZE, 0.3, 0.4, 1, 0.25, summary), {"protected": 2})
     torch.library.opcheck(pack_context, (k[:2], v[:2], roles[:2], H, W, TILE, SIZE, 4, summary))
     packed = pack_context(k[:2], v[:2], roles[:2], H, W, TILE, SIZE, 1, summary)
     lengths = [x.shape[2] for x in k[:2]]
