@@ -64,9 +64,11 @@ def _source(node: Node) -> Node:
 
 def _swapped(node: Node) -> Node | None:
     """The operand of a permutation that swaps tokens and heads."""
-    dims = [d for d in (node.args[1:] if len(node.args) > 2 else node.args[1] if len(node.args) == 2 else ())] if name_of(node) == "permute" else None
-    if dims == [0, 2, 1, 3] or name_of(node) in ("transpose", "swapaxes") and sorted(d % 4 for d in node.args[1:3]) == [1, 2]:
-        return node.args[0]
+    if name_of(node) == "permute":
+        dims = node.args[1:] if len(node.args) > 2 else argument(node, 1, "dims", default=())
+        return node.args[0] if list(dims) == [0, 2, 1, 3] else None
+    if name_of(node) in ("transpose", "swapaxes"):
+        return node.args[0] if sorted(d % 4 for d in node.args[1:3]) == [1, 2] else None
     return None
 
 
