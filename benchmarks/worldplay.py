@@ -27,8 +27,6 @@ import li_compile
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-FULL = dict(in_channels=32, out_channels=32, hidden_size=2048, heads_num=16, mm_double_blocks_depth=54, rope_dim_list=[16, 56, 56],
-            text_states_dim=3584, vision_states_dim=1152)
 AUTHORS = {"context.policy": "authors", "cache.guard": None}
 VARIANTS = {"eager": None, "inductor": {"preset": "off"}, **{p: {"preset": p} for p in ("exact", "context", "sparse", "cache", "all")}}
 TINY_TILES = {"sparse.tile": (4, 2, 2), "sparse.block_size": 16}
@@ -134,11 +132,11 @@ class Setting:
             sys.exit("--size full needs a CUDA device")
         self.where = torch.cuda.get_device_name() if full else f"CPU, {torch.get_num_threads()} threads"
         depth = {"mm_double_blocks_depth": args.blocks} if args.blocks else {}
-        self.model = upstream.transformer(self.device, torch.bfloat16 if full else torch.float32, **((FULL if full else {}) | depth))
+        self.model = upstream.transformer(self.device, torch.bfloat16 if full else torch.float32, **((upstream.FULL if full else {}) | depth))
         poses = (forward_back if args.trajectory == "forward_back" else left_right)()
         if full:
             reduced.TEXT, reduced.GLYPHS, reduced.PATCHES = 150, 0, 729
-        given = reduced.inputs(args.chunks, poses, *((32, (30, 52), (3584, 1472, 1152)) if full else (8, (4, 4), upstream.WIDTHS)))
+        given = reduced.inputs(args.chunks, poses, *((32, (30, 52), upstream.FULL_WIDTHS) if full else (8, (4, 4), upstream.WIDTHS)))
         put = lambda x: x.to(self.device) if isinstance(x, torch.Tensor) else {k: put(v) for k, v in x.items()} if isinstance(x, dict) else x
         keep = {"viewmats", "Ks", "action"}  # on the CPU, as upstream has them
         self.given = {k: v if k in keep else put(v) for k, v in given.items()} | {"device": self.device}

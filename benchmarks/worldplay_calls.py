@@ -20,6 +20,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import li_compile
 from worldplay import VARIANTS, Setting, relative
 
 CALLS = ("first step", "context", "step")
@@ -47,7 +48,6 @@ def main() -> None:
     print(f"torch {torch.__version__}, {setting.where}, {args.size}, {len(setting.model.double_blocks)} blocks, {args.context} latents of context")
     want = None if args.no_reference else calls.outputs(setting.model.float(), half=False)
     setting.model.to(calls.dtype)
-    calls.cache = None
     floors = calls.floors(args.tflops) if setting.device.type == "cuda" else {}
     print("| variant | call | ms | of eager | of Inductor | error | first call s | peak GiB |\n|---|---|---:|---:|---:|---:|---:|---:|")
     times: dict[tuple[str, str], float] = {}
@@ -66,7 +66,6 @@ class Calls:
 
     def __init__(self, setting: Setting, context: int) -> None:
         self.setting, self.context, self.dtype = setting, context, next(setting.model.parameters()).dtype
-        self.cache = None
 
     def arguments(self, call: str, dtype: torch.dtype) -> dict:
         given, device = self.setting.given, self.setting.device
@@ -116,8 +115,6 @@ class Calls:
 
     def measure(self, name: str, args):
         """(call, ms, seconds of the first, peak GiB, result), one by one."""
-        import li_compile
-
         torch._dynamo.reset()
         cuda, model = self.setting.device.type == "cuda", self.setting.model
         sync = torch.cuda.synchronize if cuda else lambda: None

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 
-from .pack import Encoding, _supports_triton, branches, check_encoding, launch
+from .pack import Encoding, branches, check_encoding, launch, why_no_kernel
 from .providers import Provider, register_provider, select_provider
 
-__all__ = ["encode", "has_encode_kernel"]
+__all__ = ["encode", "encoded", "why_not_encoded"]
 
 NAME = "encode"
 ROWS = 32
@@ -32,9 +32,13 @@ def encode(x, norm=None, eps=1e-6, cos=None, sin=None, camera=None):
 
     Raises ValueError where shapes don't fit. There is no backward.
     """
-    encoding = Encoding(norm, eps, cos, sin, camera)
+    return encoded(x, Encoding(norm, eps, cos, sin, camera))
+
+
+def encoded(x: torch.Tensor, encoding: Encoding) -> torch.Tensor:
+    """:func:`encode` without the dispatcher around it, for operators that are opaque already."""
     check_encoding(x, encoding)
-    out = _empty(x, camera)
+    out = _empty(x, encoding.camera)
     if x.numel():
         provider, _ = select_provider(NAME, x, encoding, out)
         provider.run(x, encoding, out)
@@ -51,14 +55,9 @@ def _empty(x, camera):
     return x.new_empty(batch if camera is None else 2 * batch, *rest)
 
 
-def has_encode_kernel(x: torch.Tensor) -> tuple[bool, str]:
-    """Whether tensors like this are encoded by a kernel of ours, and why not: PyTorch's operators one by one lose to a compiler's fusion."""
-    why = _supports(x, Encoding(), x)
-    return why is None, why or ""
-
-
-def _supports(x, encoding: Encoding, out) -> str | None:
-    return _supports_triton(x, None, None, None, ROWS, 1, encoding)
+def why_not_encoded(x: torch.Tensor, *_) -> str | None:
+    """Why there is no kernel of ours for tensors like this, None if there is; PyTorch's operators one by one lose to a compiler's fusion."""
+    return why_no_kernel(x, ROWS)
 
 
 def _run_triton(x, encoding: Encoding, out) -> None:
@@ -70,5 +69,5 @@ def _run_torch(x, encoding: Encoding, out) -> None:
         out[i * x.shape[0] : (i + 1) * x.shape[0]].copy_(branch)
 
 
-register_provider(NAME, Provider("triton", _run_triton, _supports))
+register_provider(NAME, Provider("triton", _run_triton, why_not_encoded))
 register_provider(NAME, Provider("reference", _run_torch, lambda *args: None))

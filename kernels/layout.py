@@ -21,7 +21,7 @@ import torch
 
 from ._compat import real_tensors
 
-__all__ = ["block_coordinates", "block_valid", "cached", "forced_counts", "forced_mask", "neighbour_mask", "num_blocks", "row_places", "tile_order"]
+__all__ = ["block_coordinates", "block_valid", "cached", "forced_counts", "forced_mask", "laid_out", "neighbour_mask", "num_blocks", "row_places", "tile_order"]
 
 Tile = tuple[int, int, int]
 
@@ -91,13 +91,13 @@ def forced_counts(frames: int, height: int, width: int, tile: Tile, block_size: 
     return tuple(counts), int(cached(_protected, "cpu", frames, height, width, tuple(tile), block_size, protected).sum())
 
 
-_made: dict[tuple, object] = {}
-_MOST = 1024  # a table more than this many starts the cache anew
-
-
 def laid_out(out: torch.Tensor) -> torch.Tensor:
     """[B, H, L, D] as our operators lay their results out: [B, L, H, D] in memory."""
     return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+_made: dict[tuple, object] = {}
+_MOST = 1024  # a table more than this many starts the cache anew
 
 
 def cached(make, device, *args):

@@ -195,6 +195,10 @@ def _run_torch(x, order, packed, means, block_size, sub_blocks, encoding: Encodi
 
 
 def _supports_triton(x, order, packed, means, block_size, sub_blocks, encoding: Encoding) -> str | None:
+    return why_no_kernel(x, block_size // sub_blocks)
+
+
+def why_no_kernel(x: Tensor, size: int) -> str | None:
     """CUDA (or the interpreter), head_dim a power of two from 16 to 256, parts of a power of two tokens, from 16 to 256."""
     if not has_triton():
         return "Triton is not installed"
@@ -205,7 +209,6 @@ def _supports_triton(x, order, packed, means, block_size, sub_blocks, encoding: 
         return f"it needs an NVIDIA GPU, found {x.device.type}"
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it takes fp16, bf16 or fp32, found {x.dtype}"
-    size = block_size // sub_blocks
     for what, number in (("head_dim", x.shape[-1]), ("tokens of a sub-block", size)):
         if number & (number - 1) or not 16 <= number <= 256:
             return f"it takes a power of two from 16 to 256 as {what}, found {number}"

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 from li_compile.kernels import density
 from li_compile.kernels.plan import CURRENT
-from li_compile.patterns.graph import (CONV, LINEAR, MATMUL, REGION, SDPA, argument, calls, hint, name_of, value)
+from li_compile.patterns.graph import (CONV, LINEAR, MATMUL, REGION, SDPA, argument, calls, hint, name_of, subscripts, value)
 
 
 def _size(x) -> int:
@@ -40,8 +40,8 @@ def _operations(node: Node) -> int | None:
         left = node.args[1] if name_of(node) in ("addmm", "baddbmm") else node.args[0]
         return 2 * _size(out) * _dims(value(left))[-1]
     if name_of(node) == "einsum" and len(node.args) == 3:
-        left = node.args[0].replace(" ", "").partition("->")[0].partition(",")
-        dims = dict(zip(left[0], _dims(value(node.args[1])))) | dict(zip(left[2], _dims(value(node.args[2]))))
+        (a, b), _ = subscripts(node.args[0])
+        dims = dict(zip(a, _dims(value(node.args[1])))) | dict(zip(b, _dims(value(node.args[2]))))
         return 2 * math.prod(dims.values())
     if calls(node, SDPA):
         q, k = _dims(value(node.args[0])), _dims(value(argument(node, 1, "key")))

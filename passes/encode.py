@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule
 
-from li_compile.kernels.encode import has_encode_kernel
+from li_compile.kernels.encode import why_not_encoded
 from li_compile.patterns import Miss
 from li_compile.patterns.encodings import read_encoded
 from li_compile.patterns.graph import shape, source_line, subgraphs, value
@@ -32,8 +32,8 @@ def encode(module: GraphModule, anywhere: bool = False) -> Record:
             found = read_encoded(node) if node.op == "call_function" else None
             if found is None:
                 continue
-            there, why = has_encode_kernel(value(found.x))
-            if not (there or anywhere):
+            why = why_not_encoded(value(found.x))
+            if why is not None and not anywhere:
                 record.misses.append(Miss("encode", node.name, f"left to Inductor: {why}", source_line(node)))
                 continue
             with graph.inserting_before(node):

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from li_compile.patterns.effects import target, writers, written
 from li_compile.patterns.graph import (CAT, CONV, LINEAR, MATMUL, SDPA, SHAPE_ONLY, argument, calls, cat_operands, name_of,
-                                       shape, subgraphs, through_shapes, value)
+                                       shape, subgraphs, subscripts, through_shapes, value)
 
 from .record import Record
 
@@ -73,8 +73,8 @@ def _moved_only(node: Node) -> tuple[str, Node, tuple[int, ...]] | None:
     if name_of(node) != "einsum" or len(node.args) != 2 or not isinstance(node.args[0], str):
         return None
     tensor = node.args[1][0] if isinstance(node.args[1], (list, tuple)) and len(node.args[1]) == 1 else node.args[1]
-    left, arrow, right = node.args[0].replace(" ", "").partition("->")
-    if not arrow or not isinstance(tensor, Node) or not left.isalpha() or len(set(left)) < len(left) or sorted(left) != sorted(right):
+    (left, *others), right = subscripts(node.args[0])
+    if others or right is None or not isinstance(tensor, Node) or not left.isalpha() or len(set(left)) < len(left) or sorted(left) != sorted(right):
         return None
     return "permute", tensor, tuple(left.index(a) for a in right)
 
@@ -188,9 +188,8 @@ def _einsum(node: Node, *, keys: bool) -> tuple[Node, Node] | None:
     """Operands of an einsum that is q k^T (keys) or p v over equal leading dimensions."""
     if name_of(node) != "einsum" or not isinstance(node.args[0], str) or len(node.args) != 3:
         return None
-    left, _, out = node.args[0].replace(" ", "").partition("->")
-    a, _, b = left.partition(",")
-    if not len(a) == len(b) == len(out) or a[:-2] != b[:-2] or out[:-2] != a[:-2]:
+    (a, b), out = subscripts(node.args[0])
+    if out is None or not len(a) == len(b) == len(out) or a[:-2] != b[:-2] or out[:-2] != a[:-2]:
         return None
     ok = (a[-1] == b[-1] and out[-2:] == a[-2] + b[-2]) if keys else (a[-1] == b[-2] and out[-2:] == a[-2] + b[-1])
     return (node.args[1], node.args[2]) if ok else None

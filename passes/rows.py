@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from torch.fx import Node
 
-from li_compile.patterns.graph import LINEAR, argument, calls, name_of, shape, value
+from li_compile.patterns.graph import LINEAR, argument, calls, letters_of, name_of, shape, subscripts, value
 
 UNARY = {"silu", "gelu", "relu", "sigmoid", "tanh", "exp", "log", "neg", "float", "half", "bfloat16", "double", "to", "type", "type_as", "softplus",
          "contiguous", "clone", "detach", "cos", "sin", "sqrt", "rsqrt", "pow", "abs", "reciprocal", "square", "dropout"}  # fmt: skip
@@ -215,34 +215,24 @@ def _einsum(node: Node, rows) -> int | None:
     equation, operands = node.args[0], node.args[1:]
     if not isinstance(equation, str) or not all(isinstance(x, Node) for x in operands):
         return None
-    left, _, right = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
+    terms, right = subscripts(equation)
     if len(terms) != len(operands) or not right:
         return None
     letters = set()
     for term, x in zip(terms, operands):
-        whole = _named(term, len(shape(x)))
+        whole = letters_of(term, len(shape(x)))
         if whole is None:
             return None
         if x in rows:
             letters.add(whole[rows[x]])
-    out = _named(right, len(shape(node)))
+    out = letters_of(right, len(shape(node)))
     if len(letters) != 1 or out is None or (letter := letters.pop()) not in out:
         return None
     for term, x in zip(terms, operands):
-        whole = _named(term, len(shape(x)))
+        whole = letters_of(term, len(shape(x)))
         if x not in rows and letter in whole and shape(x)[whole.index(letter)] != 1:
             return None
     return out.index(letter)
-
-
-def _named(term: str, rank: int) -> list[str] | None:
-    """A letter or, within an ellipsis, a number counted from its end, for each dimension."""
-    if "..." not in term:
-        return list(term) if len(term) == rank else None
-    ahead, behind = term.split("...")
-    count = rank - len(ahead) - len(behind)
-    return None if count < 0 else [*ahead, *(f"...{count - i}" for i in range(count)), *behind]
 
 
 def _repeat_once(node: Node, rows) -> int | None:

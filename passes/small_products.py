@@ -12,13 +12,12 @@ The arithmetic is that of the product: operands in its dtype, sums in fp32 where
 from __future__ import annotations
 
 import math
-import string
 from typing import NamedTuple
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from li_compile.patterns.graph import MATMUL, calls, name_of, shape, subgraphs, value
+from li_compile.patterns.graph import MATMUL, calls, letters_of, name_of, shape, subgraphs, subscripts, value
 
 from .record import Record
 
@@ -30,8 +29,8 @@ class Product(NamedTuple):
     """Operands, a letter for each of their dimensions, and for each of the result's; ``summed`` is the one that is summed over."""
 
     operands: tuple[Node, Node]
-    letters: tuple[str, str]
-    out: str
+    letters: tuple[list[str], list[str]]
+    out: list[str]
     summed: str
 
 
@@ -58,27 +57,20 @@ def read(node: Node) -> Product | None:
         return None
     if calls(node, MATMUL | {"__matmul__"}) or name_of(node) == "matmul":
         operands, ranks = node.args[:2], [len(shape(x) or ()) for x in node.args[:2] if isinstance(x, Node)]
-        if len(node.args) != 2 or node.kwargs or len(ranks) != 2 or ranks[0] != ranks[1] or ranks[0] < 2 or ranks[0] > 20:
+        if len(node.args) != 2 or node.kwargs or len(ranks) != 2 or ranks[0] != ranks[1] or ranks[0] < 2:
             return None
-        batch = "".join(chr(ord("a") + i) for i in range(ranks[0] - 2))
-        return Product(tuple(operands), (f"{batch}xz", f"{batch}zy"), f"{batch}xy", "z")
+        batch = [f"...{i}" for i in range(ranks[0] - 2)]
+        return Product(tuple(operands), ([*batch, "x", "z"], [*batch, "z", "y"]), [*batch, "x", "y"], "z")
     if name_of(node) != "einsum" or len(node.args) != 3 or not isinstance(node.args[0], str):
         return None
-    left, arrow, out = node.args[0].replace(" ", "").partition("->")
-    a, comma, b = left.partition(",")
-    a, b, out = spelt_out((a, b, out), node)
+    terms, result = subscripts(node.args[0])
+    a, b, out = (letters_of(t, len(shape(x) or ())) if isinstance(x, Node) else None for t, x in zip((*terms, result or ""), (*node.args[1:], node)))
+    if not (a and b and out) or any(len(set(x)) != len(x) for x in (a, b, out)):
+        return None
     summed = (set(a) | set(b)) - set(out)
-    if not arrow or not comma or any(len(set(x)) != len(x) or not x.isalpha() for x in (a, b, out)) or len(summed) != 1 or not summed <= set(a) & set(b):
+    if len(summed) != 1 or not summed <= set(a) & set(b):
         return None
     return Product(tuple(node.args[1:]), (a, b), out, *summed)
-
-
-def spelt_out(sides: tuple[str, str, str], node: Node) -> list[str]:
-    """An einsum's operands and result with a letter for each dimension of an ellipsis; those of operands are aligned at their ends."""
-    ranks = [len(shape(x) or ()) if isinstance(x, Node) else 0 for x in (*node.args[1:], node)]
-    counts = [rank - len(side) + 3 if "..." in side else 0 for side, rank in zip(sides, ranks)]
-    spare = "".join(letter for letter in string.ascii_letters if letter not in "".join(sides))[:max(0, *counts)]
-    return [side.replace("...", spare[len(spare) - count:] if count > 0 else "") for side, count in zip(sides, counts)]
 
 
 def is_small(product: Product) -> bool:
@@ -96,7 +88,7 @@ def is_small(product: Product) -> bool:
 
 
 def written_out(graph: Graph, product: Product, dtype: torch.dtype) -> Node:
-    order, wide, factors = product.out + product.summed, torch.float32 if dtype in HALF else dtype, []
+    order, wide, factors = [*product.out, product.summed], torch.float32 if dtype in HALF else dtype, []
     for x, letters in zip(product.operands, product.letters):
         given = value(x).dtype
         for target in (dtype, wide):  # autocast rounds what a product is given

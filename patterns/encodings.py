@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch.fx import Node
 
-from .graph import argument, cat_operands, name_of, shape, value
+from .graph import argument, cat_operands, name_of, shape, subscripts, value
 
 
 class Encoded(NamedTuple):
@@ -79,8 +79,7 @@ def _projected(node: Node) -> tuple[Node, Node] | None:
     product = flat.args[0]
     if name_of(product) != "einsum" or len(product.args) != 3 or not isinstance(product.args[0], str):
         return None
-    left, _, out = product.args[0].replace(" ", "").partition("->")
-    matrix, _, groups = left.partition(",")
+    (matrix, groups), out = subscripts(product.args[0])
     # The channels of a group are the last dimension, a token's groups the one before, frames (or tokens) the third.
     if len(matrix) != 4 or len(groups) != 6 or groups[:5] + matrix[2] != out or (matrix[0], matrix[1], matrix[3]) != (groups[0], groups[2], groups[5]):
         return None

@@ -77,6 +77,21 @@ def argument(node: Node, position: int, *names: str, default=None):
     return next((node.kwargs[n] for n in names if n in node.kwargs), default)
 
 
+def subscripts(equation: str) -> tuple[list[str], str | None]:
+    """Of an einsum's operands and of its result, None where that is implicit."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    return left.split(","), right if arrow else None
+
+
+def letters_of(term: str, rank: int) -> list[str] | None:
+    """A letter or, within an ellipsis, a number counted from its end, for each dimension of an einsum's operand; None if they are not so many."""
+    if "..." not in term:
+        return list(term) if len(term) == rank else None
+    ahead, behind = term.split("...")
+    count = rank - len(ahead) - len(behind)
+    return None if count < 0 else [*ahead, *(f"...{count - i}" for i in range(count)), *behind]
+
+
 def cat_operands(node: Node) -> tuple[list[Node], int] | None:
     """Operands and dimension (not negative) of a concatenation, or None if the node is none."""
     if not calls(node, CAT):

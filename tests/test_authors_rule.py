@@ -18,9 +18,6 @@ from test_policy import left_right
 from li_compile.kernels import sparse_attention
 from li_compile.kernels.plan import CONTEXT, CURRENT, TEXT
 
-FULL = dict(in_channels=32, out_channels=32, hidden_size=2048, heads_num=16, mm_double_blocks_depth=2, rope_dim_list=[16, 56, 56],
-            text_states_dim=3584, vision_states_dim=1152)
-
 
 def tiles(x: torch.Tensor, height: int, width: int, tile) -> tuple[torch.Tensor, torch.Tensor]:
     """[H, L, D] -> tiles [H, n, volume, D], zeros where there is no token, and the slot of each token."""
@@ -106,8 +103,8 @@ def case(request, monkeypatch):
     else:
         full = "full" in request.param
         torch.manual_seed(0)
-        model = upstream.transformer(**(FULL if full else {}))
-        given = reduced.inputs(3, left_right(), *((32, grid, (3584, 1472, 1152)) if full else (8, grid, upstream.WIDTHS)))
+        model = upstream.transformer(**(upstream.FULL | {"mm_double_blocks_depth": 2} if full else {}))
+        given = reduced.inputs(3, left_right(), *((32, grid, upstream.FULL_WIDTHS) if full else (8, grid, upstream.WIDTHS)))
     q, k, v = recorded(model, 1 if "full" in request.param else 2, given)
     heads = slice(0, None, max(q.shape[0] // 4, 1) if every > 1 else 1)
     return (q[heads], [x[heads] for x in k], [x[heads] for x in v]), grid, tile, block

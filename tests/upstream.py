@@ -29,6 +29,10 @@ TINY = dict(
     text_states_dim_2=None, text_pool_type=None, rope_theta=256, attn_mode="flash", glyph_byT5_v2=True, vision_projection="linear",
     vision_states_dim=64, is_reshape_temporal_channels=False, use_cond_type_embedding=True, ideal_resolution="480p", ideal_task="i2v")
 WIDTHS = (96, 1472, 64)
+#: What differs at released size.
+FULL = dict(in_channels=32, out_channels=32, hidden_size=2048, heads_num=16, mm_double_blocks_depth=54, rope_dim_list=[16, 56, 56],
+            text_states_dim=3584, vision_states_dim=1152)
+FULL_WIDTHS = (3584, 1472, 1152)
 
 
 class _Model(torch.nn.Module):

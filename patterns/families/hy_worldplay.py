@@ -22,6 +22,7 @@ DISABLED = ("attention", "parallel_attention", "sequence_parallel_attention_txt"
 CHOICE = "maybe_fallback_attn_mode"
 NOTES = ("thw", "layer-name")
 MODES = ("flash", "flash2", "flash3", "torch")
+FRAMES = {"hidden_states": 2, "viewmats": 1, "Ks": 1, "action": 1, "timestep": 0}  # argument -> its dimension of latents
 BLOCK, STATE = "MMDoubleStreamBlock", "get_infer_state"
 
 
@@ -105,29 +106,31 @@ def arguments(model, args, kwargs):
         sizes = given.pop("rope_temporal_size", 4), given.pop("start_rope_start_idx", 0)
         given["freqs_cos"], given["freqs_sin"] = rotary_table(model, *sizes, x.shape[2], tuple(x.shape[3:]), x.device)
     frames = free_lengths(given, keep, ("k_vision", "v_vision"), x.shape[3] * x.shape[4])
-    for name in ("freqs_cos", "freqs_sin"):
-        given[name] = of_any_length(given[name], 0) if keep else plain(given[name])
-        if not keep:
-            settle_sizes(given[name], None)
+    given |= {name: sized(given[name], 0 if keep else None) for name in ("freqs_cos", "freqs_sin")}
     return (), given, frames
 
 
 def free_lengths(given: dict, keep: bool, cached: tuple[str, str], tokens: int) -> int:
     """Let a call's lengths of context and cache change from call to call, in place; the number of latents of context that it reads or
     encodes. keep: it encodes; cached: names of a cache entry's keys and values of latents; tokens: in a latent."""
-    given |= {name: plain(given[name].contiguous()) for name in ("hidden_states", "viewmats", "Ks", "action", "timestep")}
+    given |= {name: sized(given[name], dim if keep else None) for name, dim in FRAMES.items()}
     # A context encoding reads no cached latents, and does not hold on to what it replaces.
     given["kv_cache"] = [{**entry, **dict.fromkeys(cached)} if keep else dict(entry) for entry in given["kv_cache"]]
     if keep:
-        free = {"hidden_states": 2, "viewmats": 1, "Ks": 1, "action": 1, "timestep": 0}
-        given |= {name: of_any_length(given[name], dim) for name, dim in free.items()}
         return given["hidden_states"].shape[2]
-    for name in ("hidden_states", "viewmats", "Ks", "action", "timestep"):  # a chunk's are no sizes to learn from other calls
-        settle_sizes(given[name], None)
     for entry in given["kv_cache"]:
         entry |= {name: of_any_length(entry[name], 2) for name in cached if entry[name] is not None}
     keys = given["kv_cache"][0][cached[0]]
     return 0 if keys is None else keys.shape[2] // tokens
+
+
+def sized(x: torch.Tensor, free: int | None) -> torch.Tensor:
+    """Plain strides, and sizes that a graph is compiled for but for one, if any: a chunk's are no sizes to learn from other calls."""
+    x = plain(x)
+    if free is not None:
+        return of_any_length(x, free)
+    settle_sizes(x, None)
+    return x
 
 
 def of_any_length(x: torch.Tensor, dim: int) -> torch.Tensor:

@@ -100,7 +100,8 @@ def rotate(x, grid_sizes, freqs, t_indices=None):
     """
     frames, rows, columns = grid_sizes.tolist()[0]
     if x.shape[1] != frames * rows * columns:
-        raise NotImplementedError(f"{x.shape[1]} tokens for {frames} frames of {rows} x {columns}; li_compile prepares batches of one length only")
+        raise NotImplementedError(f"{x.shape[1]} tokens for {frames} frames of {rows} x {columns}; li_compile prepares batches of one length only; "
+                                  "call detach() to run this with upstream's own")
     third = x.shape[3] // 2 // 3
     over_frames, over_rows, over_columns = freqs.split([x.shape[3] // 2 - 2 * third, third, third], dim=3)
     over_frames = over_frames[:, :, :frames] if t_indices is None else over_frames[:, :, torch.as_tensor(t_indices, device=x.device)]
@@ -131,7 +132,8 @@ def attention(q, k, v, q_lens=None, k_lens=None, dropout_p=0.0, softmax_scale=No
     if k_lens is not None:
         lengths = k_lens.tolist()
         if any(n != lengths[0] for n in lengths):
-            raise NotImplementedError(f"samples of {lengths} tokens; li_compile prepares batches of one length only")
+            raise NotImplementedError(f"samples of {lengths} tokens; li_compile prepares batches of one length only; "
+                                      "call detach() to run this with upstream's own")
         k, v = k[:, : lengths[0]], v[:, : lengths[0]]
     own = q.dtype
     q, k, v = (x if x.dtype in HALF else x.to(dtype) for x in (q, k, v))
