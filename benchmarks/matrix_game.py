@@ -5,12 +5,13 @@
 
 Random weights: what is measured is time and memory, and the distance from upstream's result with the same weights, never quality.
 Text encoder and VAE are stand-ins that cost nothing. Every way runs the rollout twice in one process; the first one, in
-which it compiles, is told apart. Times are between a clip's first call of the model and the end of its last step.
+which it compiles, is told apart (of 2 clips where nothing compiles). Times are between a clip's first call of the model and the end of its last step.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import pathlib
 import statistics
@@ -25,6 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 from matrix_game_3.upstream import Upstream, load, there_and_back  # noqa: E402
 
 import li_compile  # noqa: E402
+from profiling import profiled  # noqa: E402
 
 SLOTS = {"context.policy": "slots", "cache.threshold": 0.45}
 TILES = {"tiny": {"sparse.tile": (4, 2, 2), "sparse.block_size": 16}, "real": {"sparse.tile": (4, 4, 4)}}
@@ -37,8 +39,11 @@ WAYS = {"upstream, eager": None, "upstream, eager, TF32": "tf32", "upstream, int
 
 
 def main(upstream: str, size: str = "real", device: str = "cuda", clips: int = 8, layers: int = 0, ways: str = "", kinds: str = "turn,walk",
-         lowering: str = "inductor", out: str = "out/matrix_game.json") -> None:
-    """ways: names of WAYS, separated by semicolons; empty: all that this device can do."""
+         lowering: str = "inductor", profile: bool = False, out: str = "out/matrix_game.json") -> None:
+    """ways: names of WAYS, separated by semicolons; empty: all that this device can do.
+
+    profile: print the kernels of the first step of clip 1.
+    """
     results = []
     with torch.no_grad(), load(upstream, device, pipeline=True) as code:
         wanted = [w for w in (ways.split(";") if ways else WAYS) if device == "cuda" or not isinstance(WAYS[w], str)]
@@ -48,19 +53,23 @@ def main(upstream: str, size: str = "real", device: str = "cuda", clips: int = 8
             model = code.make(size, layers or None)
             with way(code, model, WAYS[name], size, lowering) as (pipeline, latents, detach):
                 for kind in kinds.split(","):
-                    first, _ = rollout(code, pipeline, latents, kind, clips, size)
+                    compiles = isinstance(WAYS[name], dict) or WAYS[name] == "inductor"
+                    first, _ = rollout(code, pipeline, latents, kind, clips if compiles else 2, size)
                     if device == "cuda":
                         torch.cuda.reset_peak_memory_stats()
                     seconds, got = rollout(code, pipeline, latents, kind, clips, size)
+                    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
                     reference.setdefault(kind, got)
                     error = statistics.fmean(float((a - b).norm() / b.norm()) for a, b in zip(got, reference[kind]))
                     stats = pipeline.rollout.session.stats() if isinstance(WAYS[name], dict) else {}
                     results.append({"way": name, "kind": kind, "seconds": sum(seconds), "first rollout": sum(first), "clips": seconds, "error": error,
                                     "calls": stats.get("calls"), "kept": [c["context_kept"] for c in stats.get("per_chunk", [])],
-                                    "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None})
+                                    "peak GiB": peak})
                     base = next(r["seconds"] for r in results if r["kind"] == kind)
                     print(f"{name:45s} {kind}: {sum(seconds):8.2f} s, {base / sum(seconds):5.2f}x, relative difference {error:.1e}, "
-                          f"{stats.get('calls', 3 * clips)} calls, first rollout {sum(first):.1f} s", flush=True)
+                          f"{stats.get('calls', 3 * clips)} calls, {peak or 0:.1f} GiB, first rollout {sum(first):.1f} s", flush=True)
+                    if profile:
+                        rollout(code, pipeline, latents, kind, 2, size, title=f"{name}, {kind}")
                 detach()
             del model
     path = pathlib.Path(out)
@@ -110,18 +119,19 @@ def inductor_by_block(model: torch.nn.Module):
         done(block.self_attn, "forward", in_half)
         own = block.self_attn.o
         done(own, "forward", lambda x, _own=own: torch.nn.functional.linear(x.to(torch.bfloat16), _own.weight, _own.bias))
-        done(block, "forward", torch.compile(type(block).forward.__get__(block), dynamic=False))
+        block.forward = torch.compile(type(block).forward.__get__(block), dynamic=False)  # in the place of our region; undone as that is
 
+    @functools.wraps(whole)
     def forward(*args, **kwargs):
-        _, given = arguments(model, args, kwargs)
+        _, given, _ = arguments(model, args, kwargs)
         return whole(**given)
 
-    done(model, "forward", forward)
+    model.forward = forward
     return done.undo
 
 
-def rollout(code: Upstream, pipeline, latents: list, kind: str, clips: int, size: str) -> tuple[list[float], list[torch.Tensor]]:
-    """(seconds of each clip's denoising, its latents)."""
+def rollout(code: Upstream, pipeline, latents: list, kind: str, clips: int, size: str, title: str = "") -> tuple[list[float], list[torch.Tensor]]:
+    """(seconds of each clip's denoising, its latents). title: of a profile of clip 1's first call; "": none."""
     latents.clear()
     seconds, model = [], pipeline.model
     sync = torch.cuda.synchronize if code.device.type == "cuda" else lambda: None
@@ -132,7 +142,8 @@ def rollout(code: Upstream, pipeline, latents: list, kind: str, clips: int, size
         def __call__(self, *args, **kwargs):
             sync()
             begun = time.perf_counter()
-            out = model(*args, **kwargs)
+            once = functools.partial(model, *args, **kwargs)
+            out = profiled(title, once, code.device.type) if title and len(seconds) == 3 else once()
             sync()
             seconds.append(time.perf_counter() - begun)
             return out

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import li_compile
+from profiling import profiled
 from worldplay import VARIANTS, Setting, relative
 
 CALLS = ("first step", "context", "step")
@@ -138,7 +139,7 @@ class Calls:
             peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0
             yield call, statistics.median(taken) * 1e3, first, peak, out
             if args.profile:
-                profile(f"{name}, {call}", once, cuda)
+                profiled(f"{name}, {call}", once, self.setting.device.type)
         if fast is not model:
             fast.detach()
 
@@ -187,17 +188,6 @@ def keep(out):
 
 def distance(got, want) -> float:
     return relative(got, want) if isinstance(got, torch.Tensor) else max(relative(a, b) for a, b in zip(got, want))
-
-
-def profile(title: str, once, cuda: bool) -> None:
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as profiler
-
-    with profiler(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
-        once()
-        if cuda:
-            torch.cuda.synchronize()
-    print(f"\n{title}\n{seen.key_averages().table(sort_by='self_device_time_total' if cuda else 'self_cpu_time_total', row_limit=25, max_name_column_width=110)}")
 
 
 if __name__ == "__main__":

@@ -251,8 +251,6 @@ def prepare(facts: Facts, config: Config, inputs: Sequence[Any], mode, kept: int
             if getattr(config.exact, run.__name__):
                 with_loop = run is invariants and facts.loop is not None
                 apply(run.__name__, (lambda m: invariants(m, found_loop(m, facts.family))) if with_loop else run)
-        if config.exact.islands != "keep":
-            apply("islands", lower_islands if config.exact.islands == "bf16" else islands_in_tf32)
     if config.sparse.enabled:
         s = config.sparse
         apply("sparse_attention", lambda m: sparse_attention(
@@ -260,6 +258,8 @@ def prepare(facts: Facts, config: Config, inputs: Sequence[Any], mode, kept: int
             prefill_ratio=s.prefill_ratio, tile=s.tile, block_size=s.block_size, sub_blocks=s.sub_blocks,
             min_context=s.min_context, skip_layers=s.skip_layers, summary=s.summary, head_ratios=s.head_ratios))
         apply("pack_context", pack_context)
+    if config.exact.enabled and config.exact.islands != "keep":  # after what moves products: none leaves an autocast of its own
+        apply("islands", lower_islands if config.exact.islands == "bf16" else islands_in_tf32)
     if config.exact.enabled and config.exact.shared_steps and facts.loop is not None:
         apply("share_steps", lambda m: share_steps(m, found_loop(m, facts.family), config.exact.invariants))
     return base

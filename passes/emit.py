@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from li_compile.patterns._compat import fake_mode_of
+from li_compile.patterns._compat import fake_mode_of, faking
 from li_compile.patterns.effects import WRITES, target
 from li_compile.patterns.graph import name_of, value
 
@@ -23,7 +21,7 @@ def emit(like: Node, op: str, call, args: tuple, kwargs: dict | None = None) -> 
     given, named = map_arg((args, kwargs), value)
     mode = fake_mode_of(tree_leaves((given, named)))
     if mode is not None or all(isinstance(v, (int, torch.SymInt)) for v in given):
-        with mode or contextlib.nullcontext(), torch.no_grad():
+        with faking(mode):
             node.meta["example_value"] = getattr(given[0], call)(*given[1:], **named) if op == "call_method" else call(*given, **named)
     return node
 

@@ -5,6 +5,9 @@ Before::                                          After (``exact.islands="bf16"`
     with autocast(enabled=False):                     h = linear(x.to(bf16), w.to(bf16), b.to(bf16)).to(float32)
         h = linear(x.float(), w, b)
 
+Where the graph switches autocast on, the product in bf16 is under an autocast that is off: ``autocast("cuda", float32)``, how some
+authors ask for full precision, would widen its operands again.
+
 With ``exact.islands="tf32"`` the graph stays as it is, and runs with CUDA's products in TF32 (li_compile/tf32.py).
 
 Authors put them where half precision hurt in training, and leave them where it does not: on an H100 a product in fp32 takes
@@ -20,6 +23,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from li_compile.patterns import Miss
+from li_compile.patterns.effects import switches_mode
 from li_compile.patterns.graph import LINEAR, MATMUL, SDPA, calls, name_of, region_calls, source_line, subgraphs, value
 
 from .cost import cost_of
@@ -55,14 +59,18 @@ def describe(module: GraphModule) -> str | None:
 def lower_islands(module: GraphModule, dtype: torch.dtype = torch.bfloat16) -> Record:
     """Compute the islands of a graph in half precision, in place. Approximate. Counts the products."""
     record = Record("islands")
+    switched = any(switches_mode(n) for part in (module, *subgraphs(module).values()) for n in part.graph.nodes)
     for node, times in find_islands(module):
         graph = node.graph
         with graph.inserting_before(node):
+            entered = graph.call_function(torch.amp.autocast_mode._enter_autocast, (value(node).device.type, dtype, False, None)) if switched else None
             cast = lambda n: graph.call_method("to", (n, dtype)) if isinstance(value(n), torch.Tensor) else n
             args, kwargs = map_arg((node.args, node.kwargs), cast)
         node.args, node.kwargs = args, kwargs
         with graph.inserting_after(node):
             back = graph.call_method("to", (node, torch.float32))
+            if switched:
+                graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
         back.meta = dict(node.meta)
         node.replace_all_uses_with(back, delete_user_cb=lambda user: user is not back)
         node.meta = {k: v for k, v in node.meta.items() if k != "example_value"} | {"example_value": value(back).to(dtype)}

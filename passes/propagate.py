@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch.fx import GraphModule, Interpreter, Node
 
+from li_compile.patterns._compat import faking
 from li_compile.patterns.graph import REGION, name_of, subgraphs
 
 from .regions import drop_dead
@@ -97,9 +98,7 @@ def propagate(module: GraphModule, inputs: Sequence, mode) -> None:
     inputs: fake tensors of ``mode`` (a FakeTensorMode) and ints or SymInts, one a placeholder. Raises whatever an
     operator says of shapes that do not fit: a rewrite that broke the graph is found here.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mode)
-        stack.enter_context(torch.no_grad())
+    with faking(mode):
         _Propagate(module, mode).run(*inputs)
 
 

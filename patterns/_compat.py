@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 
@@ -36,6 +38,16 @@ def fake_mode_of(values):
     from torch._subclasses import FakeTensor
 
     return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+
+
+@contextlib.contextmanager
+def faking(mode):
+    """Operators on a mode's fake tensors, or on symbolic sizes alone (mode None), nothing recorded for gradients. Of symbolic sizes C++ knows
+    less than Python: without ``enable_python_dispatcher``, ``linear`` of a tensor with 4 dimensions raises on 2.11 (not on 2.14)."""
+    from torch._dispatch.python import enable_python_dispatcher
+
+    with mode or contextlib.nullcontext(), enable_python_dispatcher(), torch.no_grad():
+        yield
 
 
 def expression(size):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch.fx import Node
 
-from ._compat import fake_mode_of, known
+from ._compat import fake_mode_of, faking, known
 from .graph import Miss, source_line, value
 
 
@@ -60,7 +60,7 @@ def disagreement(spelling: Spelling) -> str | None:
     if mode is None or not spelling.replaced:
         return None
     try:
-        with mode, torch.no_grad():
+        with faking(mode):
             made = spelling.meaning(*given)
     except Exception as error:  # whatever an operator says of shapes that do not fit
         return f"the canonical form does not take these operands ({type(error).__name__}: {str(error).splitlines()[0]})"

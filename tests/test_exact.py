@@ -24,8 +24,8 @@ from li_compile.passes.merge_regions import merge_regions
 from li_compile.passes.propagate import propagate, tidy
 from li_compile.passes.real_arithmetic import real_arithmetic
 from li_compile.passes.small_products import small_products
-from li_compile.patterns.graph import REGION, name_of, region_calls, subgraphs
-from li_compile.pipeline import EXACT, canonical, match, report_of
+from li_compile.patterns.graph import REGION, name_of, region_calls, subgraphs, value
+from li_compile.pipeline import EXACT, canonical, match, prepare, report_of
 from li_compile.tf32 import within_tf32
 
 region = torch.compiler.nested_compile_region
@@ -559,6 +559,34 @@ def test_islands_are_reported_and_kept_unless_named():
     with pytest.warns(UserWarning, match="found nothing"):
         whole = Compiled(Traced(model.b, x), {"preset": "exact", "lowering": "eager", "exact.islands": "bf16"})
     assert "precision islands" not in whole.graph.found and whole.report.counts()["islands"] == 0, "a model in fp32 is no island"
+
+
+class Widened(nn.Module):
+    """A product in bf16 that an autocast to fp32 widens, as CUDA's does; within a region or not."""
+
+    def __init__(self, regional: bool):
+        super().__init__()
+        self.a, self.b = (nn.Linear(16, 16, dtype=torch.bfloat16) for _ in range(2))
+        self.run = region(lambda x: self.b(x)) if regional else self.b
+
+    def forward(self, x):
+        x = self.a(x)
+        with torch.autocast("cuda", torch.float32):
+            return self.run(x) + self.run(2 * x)
+
+
+@pytest.mark.parametrize("regional", [False, True])
+@pytest.mark.parametrize("islands, dtype", [("keep", torch.float32), ("bf16", torch.bfloat16)])
+def test_an_autocast_to_full_precision_does_not_widen_what_was_lowered(monkeypatch, regional, islands, dtype):
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)  # tensors here are fakes, which need no GPU
+    traced = Traced(Widened(regional), torch.randn(4, 16, dtype=torch.bfloat16))
+    mode, fakes = _compat.static_fakes([x.to("meta") for x in traced.example], [torch.device("cuda")] * len(traced.example))
+    config = Config.from_options({"preset": "exact", "strict": True, "exact.islands": islands})
+    done = prepare(match(canonical(traced.module, fakes, config), config), config, fakes, mode, kept=None)
+    graphs = (done.module, *subgraphs(done.module).values())
+    products = [value(n).dtype for graph_module in graphs for n in graph_module.graph.nodes if name_of(n) == "linear"]
+    assert sorted(products, key=str) == [torch.bfloat16] + [dtype] * (2 - regional) and len(graphs) == 1 + regional
+    assert value(next(n for n in done.module.graph.nodes if n.op == "output"))[0].dtype == torch.float32
 
 
 SMALL_PRODUCTS = {

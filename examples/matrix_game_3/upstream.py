@@ -194,7 +194,9 @@ class Spare(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds, after everything else, the packages of ``SPARE``: modules in which every name is a class that takes and does anything."""
 
     def find_spec(self, name, path=None, target=None):
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in SPARE else None
+        package, _, inside = name.partition(".")
+        ours = package in SPARE and (not inside or isinstance(sys.modules.get(package), Anything))  # an installed one lacks what it lacks
+        return importlib.machinery.ModuleSpec(name, self, is_package=True) if ours else None
 
     def create_module(self, spec):
         return Anything(spec.name)
