@@ -74,6 +74,8 @@ class ExactConfig(_Section):
     encode: norm, rotary and camera encodings of queries, keys and values are one operator, where there is a kernel for it.
     small_products: small matrices over many vectors, as of cameras, are written out as products and sums, which compilers fuse.
     merge_regions: equal blocks are compiled once.
+    invariant_memory: share of the device's memory that values of single layers, the same in all denoising steps, may take from the first
+        step to the last; those that save most are kept. 0: each step computes its own.
     shared_steps: the model that a sampling loop calls N times is compiled once and called N times.
     repeated_blocks: equal blocks of a flat graph are compiled once and called N times.
     islands: what becomes of products in fp32 within a model in half precision, which ``explain`` lists: "keep" leaves them
@@ -86,6 +88,7 @@ class ExactConfig(_Section):
     real_arithmetic: bool = option(True, FLAG)
     equal_rows: bool = option(True, FLAG)
     invariants: bool = option(True, FLAG)
+    invariant_memory: float = option(0.1, RATIO)
     dead_tails: bool = option(True, FLAG)
     encode: bool = option(True, FLAG)
     small_products: bool = option(True, FLAG)

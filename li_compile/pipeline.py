@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import math
+import os
 import pathlib
 import warnings
 from collections.abc import Callable, Sequence
@@ -261,8 +262,19 @@ def prepare(facts: Facts, config: Config, inputs: Sequence[Any], mode, kept: int
     if config.exact.enabled and config.exact.islands != "keep":  # after what moves products: none leaves an autocast of its own
         apply("islands", lower_islands if config.exact.islands == "bf16" else islands_in_tf32)
     if config.exact.enabled and config.exact.shared_steps and facts.loop is not None:
-        apply("share_steps", lambda m: share_steps(m, found_loop(m, facts.family), config.exact.invariants))
+        apply("share_steps", lambda m: share_steps(m, found_loop(m, facts.family), config.exact.invariants,
+                                                         invariant_memory(config.exact.invariant_memory, inputs)))
     return base
+
+
+def invariant_memory(share: float, inputs: Sequence[Any]) -> int | None:
+    """Bytes that are this share of the memory of the inputs' device; None where it is not at hand, as of a GPU of another machine."""
+    kind = next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), None)
+    if kind == "cuda" and torch.cuda.is_available():
+        return int(share * torch.cuda.get_device_properties("cuda").total_memory)
+    if kind == "cpu" and hasattr(os, "sysconf"):
+        return int(share * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return None
 
 
 def static_inputs(facts: Facts, fakes: Sequence[Any], kept: int | None):

@@ -13,14 +13,15 @@ it is small, or if it saves products worth its memory, and never if it is a mere
 across a switch of autocast, nor past a write into what it reads.
 
 The calls of a sampling loop stay alike: nodes of different calls are not merged, and only what can be computed before the
-first call leaves its region. What the calls have in common goes when they have become calls of one region (share_steps.py).
+first call leaves its region. What the calls have in common goes when they have become calls of one region (share_steps.py):
+from a layer into the step that calls it, and from there to before the first step, within a budget of memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from types import MappingProxyType
 
 import torch
@@ -119,9 +120,27 @@ def hoist(module: GraphModule, region: str, first: Node | None = None, late: Set
     first: a node before which they must all be computed. late: nodes on whose values none may depend. most: how many
     different ones there may be of each; None: any number.
     """
-    sub, found = getattr(module, region), region_calls(module, region)
-    if len(found) < 2:
-        return []
+    found = region_calls(module, region)
+    few = lambda variety: variety < len(found) and (most is None or variety <= most)
+    return _move(module, region, found, few, late, first=first) if len(found) > 1 else []
+
+
+def lift(step: GraphModule, region: str, late: Set[Node], memory: int | None) -> list[Moved]:
+    """Move out of a step's region, of a layer say, what depends on nothing that changes from step to step: one value a call, which
+    ``hoist`` can then take out of the step.
+
+    late: the step's nodes that do change. memory: bytes that the values may take, None: any number; those go first that save most
+    operations a byte.
+    """
+    found, around = region_calls(step, region), mode_texts(step.graph)
+    if any(around[call] != around[next(iter(step.graph.nodes))] for call in found):
+        return []  # ``hoist`` would leave them in the step
+    return _move(step, region, found, lambda variety: True, late, memory=memory)
+
+
+def _move(module: GraphModule, region: str, found: list[Node], few_enough: Callable[[int], bool], late: Set[Node],
+          first: Node | None = None, memory: int | None = None) -> list[Moved]:
+    sub = getattr(module, region)
     operands = {p: 2 + i for i, p in enumerate(placeholders(sub.graph))}
     changing, inner, outer = written(sub.graph) | _changing_operands(module, found, operands), modes(sub.graph), mode_texts(module.graph)
     reads = {p: frozenset((p,)) for p, i in operands.items() if not any(isinstance(c.args[i], Node) and c.args[i] in late for c in found)}
@@ -130,7 +149,7 @@ def hoist(module: GraphModule, region: str, first: Node | None = None, late: Set
             reads[node] = frozenset().union(*(reads[x] for x in node.all_input_nodes))
     key = lambda node, call: (outer[call], *(call.args[i] for p, i in operands.items() if p in reads[node]))
     variety = {n: len({key(n, c) for c in found}) for n in reads}
-    few = {n for n in reads if n not in operands and isinstance(value(n), torch.Tensor) and variety[n] < len(found) and (most is None or variety[n] <= most)}
+    few = {n for n in reads if n not in operands and isinstance(value(n), torch.Tensor) and few_enough(variety[n])}
     order = {n: i for i, n in enumerate(module.graph.nodes)}
     moved: dict[Node, Moved] = {}
     for node in [n for n in sub.graph.nodes if n in few and any(u not in few for u in n.users)]:
@@ -145,7 +164,9 @@ def hoist(module: GraphModule, region: str, first: Node | None = None, late: Set
         if size * variety[node] <= SMALL or flops >= INTENSITY * size:
             saved = len(found) - variety[node]
             moved[node] = Moved(node.name, saved, flops * saved, size * variety[node])
-    keys = {node: [key(node, c) for c in found] for node in moved}
+    if memory is not None:
+        moved = _within(moved, memory, {n: sum(cost_of(c)[0] for c in _chain(n, few)) for n in moved})
+    keys, before = {node: [key(node, c) for c in found] for node in moved}, {n: i for i, n in enumerate(module.graph.nodes)}
     for node in moved:
         shared: dict[tuple, Node] = {}
         for k, call in zip(keys[node], found):
@@ -157,9 +178,20 @@ def hoist(module: GraphModule, region: str, first: Node | None = None, late: Set
         (inside,) = hand_in(sub, found, [[shared[k]] for k in keys[node]], node.name)
         node.replace_all_uses_with(inside)
     if moved:
+        merge_equal(module.graph, before)  # what two of them are computed from, once; what was there stays as it is written
         drop_dead(sub)
         drop_unused(module, sub, region)
     return list(moved.values())
+
+
+def _within(moved: dict[Node, Moved], memory: int, flops: Mapping[Node, int]) -> dict[Node, Moved]:
+    """Those that save most operations a byte, as many as fit."""
+    kept = {}
+    for node in sorted(moved, key=lambda n: -flops[n] / max(moved[n].bytes, 1)):
+        if moved[node].bytes <= memory:
+            memory -= moved[node].bytes
+            kept[node] = moved[node]
+    return {n: kept[n] for n in moved if n in kept}
 
 
 def _place(graph: Graph, operands: Sequence, call: Node, around: Mapping[Node, str]) -> Node:

@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 
 from li_compile.patterns._compat import faking
-from li_compile.patterns.graph import REGION, name_of, subgraphs
+from li_compile.patterns.graph import REGION, all_graphs, name_of, subgraphs
 
 from .regions import drop_dead
 
@@ -104,7 +104,7 @@ def propagate(module: GraphModule, inputs: Sequence, mode) -> None:
 
 def tidy(module: GraphModule) -> None:
     """Remove dead nodes and regions that are no longer called; check and recompile the graph."""
-    for graph_module in (module, *subgraphs(module).values()):
+    for graph_module in all_graphs(module):
         drop_dead(graph_module)
         graph_module.graph.lint()
         graph_module.recompile()

@@ -19,12 +19,12 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from li_compile.patterns import DenoisingLoop, Miss
-from li_compile.patterns.effects import ALIASES, RANDOM, WRITES, effect, outside_writes, switches_mode, target, written
-from li_compile.patterns.graph import REGION, SDPA, ancestors, calls, descendants, name_of, source_line, subgraphs
+from li_compile.patterns.effects import ALIASES, RANDOM, WRITES, effect, is_pure, outside_writes, switches_mode, target, written
+from li_compile.patterns.graph import REGION, SDPA, ancestors, calls, descendants, name_of, placeholders, source_line, subgraphs
 from li_compile.patterns.loop_body import Body
 from li_compile.patterns.loop_calls import weight_of
 
-from .invariants import hoist
+from .invariants import Moved, hoist, lift
 from .outline import outline
 from .record import Record, Refused
 
@@ -32,11 +32,12 @@ PREFIX = "li_"
 BEFORE, STEP, AFTER = PREFIX + "before", PREFIX + "step", PREFIX + "after"
 
 
-def share_steps(module: GraphModule, loop: DenoisingLoop, invariant: bool = True) -> Record:
+def share_steps(module: GraphModule, loop: DenoisingLoop, invariant: bool = True, memory: int | None = None) -> Record:
     """Rewrite the graph in place. Counts the calls of the shared region. Raises Refused if the calls are not alike.
 
     invariant: what all steps compute alike (of a condition, say) is computed before the first. What depends on the time
     alone stays: a loop over values that are all there beforehand could not be told from one over a sequence.
+    memory: bytes that such values of single layers may take, one a layer; None: any number.
     """
     record = Record("share_steps")
     if STEP in subgraphs(module):
@@ -45,7 +46,7 @@ def share_steps(module: GraphModule, loop: DenoisingLoop, invariant: bool = True
         raise Refused(loop.body)
     try:
         found = outline(module, loop.body, STEP)
-        moved = hoist(module, STEP, late=descendants(found) | set(found), most=loop.branches) if invariant else []
+        moved = _invariants(module, found, loop.branches, memory) if invariant else []
         _before(module, found)
         _after(module, found)
     except ValueError as why:
@@ -57,6 +58,20 @@ def share_steps(module: GraphModule, loop: DenoisingLoop, invariant: bool = True
     record.details.append(f"{len(found)} calls of one region of {len(loop.body.nodes)} nodes")
     record.details += map(str, moved)
     return record
+
+
+def _invariants(module: GraphModule, found: list[Node], branches: int, memory: int | None) -> list[Moved]:
+    """Compute before the first step what is the same in all of them, of layers too."""
+    step, late = getattr(module, STEP), descendants(found) | set(found)
+    operands = list(zip(*(call.args[2:] for call in found)))
+    fixed = {p for p, given in zip(placeholders(step.graph), operands) if not late & set(given) and len(set(given)) <= branches}
+    for node in step.graph.nodes:
+        if node.op.startswith("call") and node.target is not REGION and is_pure(node) and all(n in fixed for n in node.all_input_nodes):
+            fixed.add(node)
+    for region in subgraphs(step):
+        lifted = lift(step, region, {n for n in step.graph.nodes if n not in fixed and n.op != "get_attr"}, memory)
+        memory = None if memory is None else memory - sum(m.bytes for m in lifted)
+    return hoist(module, STEP, late=late, most=branches)
 
 
 def shared_regions(module: GraphModule) -> list[str]:

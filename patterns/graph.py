@@ -141,6 +141,11 @@ def subgraphs(module: GraphModule) -> dict[str, GraphModule]:
             if n.op == "get_attr" and isinstance(getattr(module, str(n.target), None), GraphModule)}
 
 
+def all_graphs(module: GraphModule) -> list[GraphModule]:
+    """The graph, its regions and the regions of these, each before what it calls."""
+    return [module, *dict.fromkeys(inner for sub in subgraphs(module).values() for inner in all_graphs(sub))]
+
+
 def is_parameter(node: Node) -> bool:
     """Whether a placeholder is a module's parameter, as Dynamo marks it."""
     return node.type is torch.nn.Parameter or isinstance(value(node), torch.nn.Parameter)

@@ -372,3 +372,65 @@ def test_the_weights_of_each_predictor():
 def test_skipped_steps(options, steps, skipped):
     """Two steps and fewer never reuse; the first and the last are always computed."""
     assert Config(cache=options).cache.skipped(steps) == skipped
+
+
+class Injected(nn.Module):
+    """A denoiser of equal layers, each of which makes a scale and a shift of the condition with weights of its own, as camera injectors do."""
+
+    def __init__(self, layers: int = 3, width: int = 128):
+        super().__init__()
+        linear = lambda: nn.Linear(width, width)
+        self.embed = linear()
+        self.layers = nn.ModuleList(nn.ModuleDict({"camera": linear(), "scale": linear(), "shift": linear(), "mix": linear()}) for _ in range(layers))
+
+        def run(layer, x, time, condition):
+            camera = condition + torch.nn.functional.silu(layer["camera"](condition))
+            return x + layer["mix"](x * (1 + layer["scale"](camera)) + layer["shift"](camera)) * time
+
+        self.run = torch.compiler.nested_compile_region(run)
+
+    def forward(self, x, time, condition):
+        condition = self.embed(condition)
+        for layer in self.layers:
+            x = self.run(layer, x, time, condition)
+        return x
+
+
+ROWS, WIDTH = 4096, 128  # a scale is of 2 MB, more than what is kept in any case
+
+
+@pytest.fixture(scope="module")
+def injected():
+    torch.manual_seed(0)
+    model, given = Injected(width=WIDTH), (torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH))
+    sample = euler(lambda x, sigma, condition: model(x, condition.new_tensor(sigma), condition), LEVELS)
+    return Traced(sample, *given), given
+
+
+@pytest.mark.parametrize("memory, kept, products", [(None, 6, 1), (6 * 4 * ROWS * WIDTH, 6, 1), (3 * 4 * ROWS * WIDTH, 4, 3), (0, 1, 4)])
+def test_what_a_layer_computes_alike_in_all_steps_is_computed_before_them_as_far_as_memory_allows(injected, memory, kept, products):
+    """products: of a layer that are left in a step; a scale or a shift without the other needs the camera's in both places, and its embedding."""
+    from li_compile.passes.propagate import tidy
+    from li_compile.passes.share_steps import share_steps
+    from li_compile.patterns import find_loop
+    from li_compile.patterns.graph import all_graphs, name_of
+
+    traced, given = injected
+    module = traced.facts().module
+    record = share_steps(module, find_loop(module)[0], memory=memory)
+    tidy(module)
+    step = getattr(module, STEP)
+    assert record.count == 4 and len([d for d in record.details if "out of its region" in d]) == kept
+    (layer,) = (g for g in all_graphs(step) if g is not step)
+    assert sum(name_of(n) == "linear" for n in layer.graph.nodes) == products and len(region_calls(step, "subgraph_0")) == 3
+    with torch.no_grad():
+        assert relative(module(*traced.arguments(*given))[0], traced(*given)) <= 1e-6
+
+
+def test_the_share_of_memory_is_an_option(injected):
+    traced, given = injected
+    kept, alone = (traced.compile(preset="exact", exact__invariant_memory=share, lowering="eager") for share in (0.1, 0.0))
+    flops = [compiled.graph.variants[0].flops for compiled in (kept, alone)]
+    layer = 2 * ROWS * WIDTH**2  # of one product: three of four less in three of four steps, of three layers
+    assert flops[1] - flops[0] == 3 * 3 * 3 * layer
+    assert relative(kept(*given), traced(*given)) <= 1e-6 and relative(alone(*given), traced(*given)) <= 1e-6
