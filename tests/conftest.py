@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
-import torch
+
+# Run beside another worker of pytest-xdist, a process keeps to one core. PyTorch and Inductor read this when they are imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        os.environ.setdefault(threads, "1")
+
+import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
