@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import os
 
 import pytest
-import torch
+
+# Run beside another worker of pytest-xdist, a process keeps to one core. PyTorch and Inductor read this when they are imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+        os.environ.setdefault(threads, "1")
+
+import torch  # noqa: E402
+
+
+def pytest_collection_finish():
+    """Tracing makes objects by the million, almost none of them garbage in cycles; at Python's thresholds a fifth of the time of
+    test_passes.py went into looking at all of them again, and at what was imported."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

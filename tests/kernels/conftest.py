@@ -4,7 +4,7 @@ their own, which test_interpreter.py starts with the variable set."""
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 @pytest.fixture(autouse=True)
