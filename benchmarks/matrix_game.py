@@ -29,7 +29,7 @@ import li_compile  # noqa: E402
 from profiling import profiled  # noqa: E402
 
 SLOTS = {"context.policy": "slots", "cache.threshold": 0.45}
-TILES = {"tiny": {"sparse.tile": (4, 2, 2), "sparse.block_size": 16}, "real": {"sparse.tile": (4, 4, 4)}}
+TILES = {"tiny": {"sparse.tile": (4, 2, 2), "sparse.block_size": 16}, "real": {"sparse.tile": (4, 8, 4), "sparse.block_size": 128}}
 #: Name -> our options, None: upstream as it is, a string: a way of others.
 WAYS = {"upstream, eager": None, "upstream, eager, TF32": "tf32", "upstream, int8 q k v o": "int8", "Inductor a block, self-attention in bf16": "inductor",
         "exact": {"preset": "exact"}, "exact, islands in bf16": {"preset": "exact", "exact.islands": "bf16"},
@@ -50,6 +50,7 @@ def main(upstream: str, size: str = "real", device: str = "cuda", clips: int = 8
         reference: dict[str, list[torch.Tensor]] = {}
         for name in wanted:
             torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
             model = code.make(size, layers or None)
             with way(code, model, WAYS[name], size, lowering) as (pipeline, latents, detach):
                 for kind in kinds.split(","):
@@ -64,10 +65,11 @@ def main(upstream: str, size: str = "real", device: str = "cuda", clips: int = 8
                     stats = pipeline.rollout.session.stats() if isinstance(WAYS[name], dict) else {}
                     results.append({"way": name, "kind": kind, "seconds": sum(seconds), "first rollout": sum(first), "clips": seconds, "error": error,
                                     "calls": stats.get("calls"), "kept": [c["context_kept"] for c in stats.get("per_chunk", [])],
-                                    "peak GiB": peak})
+                                    "peak GiB": peak, "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+                                    "breaks": sum(torch._dynamo.utils.counters["graph_break"].values())})
                     base = next(r["seconds"] for r in results if r["kind"] == kind)
                     print(f"{name:45s} {kind}: {sum(seconds):8.2f} s, {base / sum(seconds):5.2f}x, relative difference {error:.1e}, "
-                          f"{stats.get('calls', 3 * clips)} calls, {peak or 0:.1f} GiB, first rollout {sum(first):.1f} s", flush=True)
+                          f"{stats.get('calls', 3 * clips)} calls, {peak or 0:.1f} GiB, {results[-1]['graphs']} graphs, {results[-1]['breaks']} breaks, first rollout {sum(first):.1f} s", flush=True)
                     if profile:
                         rollout(code, pipeline, latents, kind, 2, size, title=f"{name}, {kind}")
                 detach()
