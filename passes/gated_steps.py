@@ -67,7 +67,14 @@ def inline_regions(module: GraphModule) -> None:
             made = dict(zip(placeholders(sub.graph), call.args[2:]))
             with module.graph.inserting_before(call):
                 for node in sub.graph.nodes:
-                    if node.op not in ("placeholder", "output"):
+                    if node.op == "get_attr":  # a constant of the region, which may be called like one of the graph's
+                        held = getattr(sub, node.target)
+                        known = next((n for n, b in module.named_buffers(recurse=False) if b is held), None)
+                        if known is None:
+                            module.register_buffer(known := f"{name}_{node.target}", held)
+                        made[node] = module.graph.get_attr(known)
+                        made[node].meta = dict(node.meta)
+                    elif node.op not in ("placeholder", "output"):
                         made[node] = module.graph.node_copy(node, made.__getitem__)
             results = next(n for n in sub.graph.nodes if n.op == "output").args[0]
             for user in list(call.users):
