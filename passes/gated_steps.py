@@ -92,9 +92,10 @@ def _gate(module: GraphModule, loop: DenoisingLoop, call: int, terms: list[dict[
     symbols = loop.updates.symbols
     read = dict.fromkeys([*body.shared, *(n[call] for n in body.varying), *(n for t in terms for n in t),
                           *(symbols[s] for t in terms for c in t.values() for s in c.free_symbols)])
-    operands = [n for n in read if not isinstance(getattr(module, str(n.target), None), GraphModule)]
+    known = {n: value(n) for n in read if isinstance(value(n), (bool, int, float))}  # a condition takes tensors alone
+    operands = [n for n in read if n not in known and not isinstance(getattr(module, str(n.target), None), GraphModule)]
     compute, predict = Graph(), Graph()
-    made = {n: compute.placeholder(n.name) for n in operands}
+    made = known | {n: compute.placeholder(n.name) for n in operands}
     # The first call's operands stand for this one's in the copies of its nodes.
     for node in own:
         made[node] = compute.node_copy(node, made.__getitem__)
@@ -102,6 +103,7 @@ def _gate(module: GraphModule, loop: DenoisingLoop, call: int, terms: list[dict[
     given = {n: predict.placeholder(n.name) for n in operands}
     for n, p in given.items():
         p.meta["example_value"] = value(n)
+    given |= known
     out = [emit(predict, Linear({(given[n], ()): c for n, c in t.items()}, ()), {s: given[symbols[s]] for s in symbols if symbols[s] in given},
                 value(o[call]).dtype) for t, o in zip(terms, body.outputs)]
     predict.output(tuple(_own(predict, o) for o in out))
