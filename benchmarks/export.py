@@ -2,11 +2,11 @@
 
     python benchmarks/export.py world                                          # Doom World's whole chunk, with its trained weights
     python benchmarks/export.py worldplay --tree UPSTREAM_TREE --size full     # two blocks of HY-WorldPlay at their real width
-    python benchmarks/export.py world --ways tensorrt --folder /tmp/made --build
+    python benchmarks/export.py world --ways "*tensorrt*" --folder /tmp/made --stage build
 
-A way is a preset and what runs it, such as "all, tensorrt, gates=device"; ``--ways`` takes parts of these names. What cannot be had here is a row
-that says why. Artifacts that stand in the folder already are not built again, so that several processes may build with ``--build``; rows of earlier
-runs on the same machine stay in the table. Latency is the median of whole calls, planning among them; "program" is the artifact's program alone.
+A way is a preset and what runs it, such as "all, tensorrt, gates=device"; ``--ways`` takes these names, with wildcards. What cannot be had here is a
+row that says why. Artifacts that stand in the folder already are not built again, so that several processes may each build some (``--stage build``),
+and one measure all (``--stage measure``); rows of earlier runs on the same machine stay in the table. Latency is the median of whole calls, planning among them; "program" is the artifact's program alone.
 Errors are relative L2: from eager in fp32, and from the same rewritten graph in fp32, where the difference is rounding and what rounding chooses.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import fnmatch
 import gc
 import json
 import pathlib
@@ -211,7 +212,11 @@ class Bench:
     def peer(self, name: str) -> dict[str, Any]:
         torch._dynamo.reset()
         run = self.model if name == "eager" else self.case.inductor(self.model)
-        return self.measure(run, "eager", self.given)
+        try:
+            return self.measure(run, "eager", self.given)
+        finally:
+            if hasattr(run, "detach"):  # ours, which prepares the model
+                run.detach()
 
     def backend(self, preset: str) -> dict[str, Any]:
         torch._dynamo.reset()
@@ -222,7 +227,10 @@ class Bench:
             run.detach()
 
     def artifact(self, preset: str, path: pathlib.Path) -> dict[str, Any]:
-        note = json.loads(path.with_suffix(".json").read_text())
+        file = path.with_suffix(".json")
+        if not file.exists():
+            return {"failed": "not built"}
+        note = json.loads(file.read_text())
         if "failed" in note:
             return note
         runner, inside = li_compile.load(path), []
@@ -290,9 +298,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(case: str, tree: str = "", device: str = "cuda", dtype: str = "float16", size: str = "full", blocks: int = 2, context: int = 12, ways: str = "",
-         folder: pathlib.Path | None = None, build: bool = False, iterations: int = 30, options: str = "{}", out: pathlib.Path = pathlib.Path("out")) -> None:
-    """case: world or worldplay. ways: parts of names, separated by semicolons; empty: all. size: full or tiny. build: only build artifacts."""
+def main(case: str, tree: str = "", device: str = "cuda", dtype: str = "float16", size: str = "full", blocks: int = 2, context: int = 12, ways: str = "*",
+         folder: pathlib.Path | None = None, stage: str = "both", iterations: int = 30, options: str = "{}", out: pathlib.Path = pathlib.Path("out")) -> None:
+    """case: world or worldplay. ways: separated by semicolons. size: full or tiny. stage: build, measure, or both."""
     if case not in CASES:
         sys.exit(f"{case!r} is unknown; choose one of {', '.join(CASES)}")
     torch.set_grad_enabled(False)
@@ -304,7 +312,8 @@ def main(case: str, tree: str = "", device: str = "cuda", dtype: str = "float16"
     file = out / f"export_{case}.json"
     earlier = json.loads(file.read_text()) if file.exists() else {}
     rows = earlier["rows"] if {k: earlier.get(k) for k in machine} == json.loads(json.dumps(machine)) else {}
-    asked = lambda name: not ways or any(w.strip() in name for w in ways.split(";"))
+    asked = lambda name: any(fnmatch.fnmatch(name, w.strip()) for w in ways.split(";"))
+    measures = stage != "build"
 
     def note(name: str, measured: Callable[[], dict[str, Any]]) -> None:
         try:
@@ -317,20 +326,21 @@ def main(case: str, tree: str = "", device: str = "cuda", dtype: str = "float16"
         print(name, json.dumps(rows[name]), flush=True)
         gc.collect()
 
-    for name in filter(asked, PEERS if not build else ()):
+    for name in filter(asked, PEERS if measures else ()):
         note(name, lambda: {"calls": bench.peer(name)})
     for preset, artifacts in ARTIFACTS.items():
         preset = preset or bench.case.preset
-        if asked(f"{preset}, backend") and not build:
+        if asked(f"{preset}, backend") and measures:
             note(f"{preset}, backend", lambda: {"calls": bench.backend(preset)})
         for target, more in artifacts:
             name = ", ".join([preset, target, *(f"{k}={v}" for k, v in more.items())])
             if asked(name):
                 path = folder / f"{case}_{name.replace(', ', '_').replace('=', '_')}"
-                bench.build(preset, target, more, path)
-                if not build:
+                if stage != "measure":
+                    bench.build(preset, target, more, path)
+                if measures:
                     note(name, lambda: bench.artifact(preset, path))
-    if not build:
+    if measures:
         print(f"\n{machine['machine']}, torch {torch.__version__}, {case}, {size}, {dtype}\n{table(rows)}")
 
 

@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
 
 from li_compile.errors import ExportError
+from li_compile.exporting import branches
 from li_compile.exporting.trace import Traced
 from li_compile.exporting.variants import Variant
 from li_compile.patterns.graph import placeholders, value
@@ -91,8 +92,8 @@ def bound(exported: ExportedProgram, values: Mapping[str, torch.Tensor]) -> Grap
         fixed[name] = tensor
         made[node] = new.get_attr(name)
         made[node].meta = dict(node.meta)
-    branches = {n.target: getattr(exported.graph_module, n.target) for n in new.nodes if n.op == "get_attr" and n.target not in fixed}
-    return torch.fx.GraphModule(fixed | branches, new)
+    nested = {n.target: getattr(exported.graph_module, n.target) for n in new.nodes if n.op == "get_attr" and n.target not in fixed}
+    return torch.fx.GraphModule(fixed | nested, new)
 
 
 def bind_weights(program: Program, tensors: Mapping[str, torch.Tensor]) -> Program:
@@ -116,6 +117,9 @@ def _export(graph: GraphModule, example: Sequence[Any]) -> ExportedProgram:
     try:
         with torch.no_grad():
             exported = torch.export.export(graph, tuple(example), strict=False)
+            if branches.in_branches(exported.graph_module):
+                branches.lift(lifted := bound(exported, {}))
+                exported = torch.export.export(lifted, tuple(example), strict=False)
             mutable = any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in exported.graph.nodes)
             return exported.run_decompositions({}) if mutable else exported
     except Exception as error:

@@ -33,13 +33,13 @@ class Traced:
 def trace(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any], config: Config) -> Traced:
     """Trace and match. The number of context frames becomes a dynamic size, if it is one at all: where the user did not mark
     it (``torch._dynamo.mark_dynamic``), a first trace finds it. Raises ExportError where torch.export cannot trace."""
-    marked = [_compat.marked_dims(x) for x in pytree.tree_leaves((args, kwargs))]
+    leaves = pytree.tree_leaves((args, kwargs))
+    marked = [_compat.marked_dims(x) if config.context.enabled else [] for x in leaves]  # else all sizes are constants
     traced = _trace(model, args, kwargs, marked, config)
     lengths = constant_lengths(traced.facts)
     if any(marked) or not lengths or not config.context.enabled or traced.facts.context is not None:
         return traced
-    marked = [[d for d, size in enumerate(x.shape) if size in lengths] if isinstance(x, torch.Tensor) else []
-              for x in pytree.tree_leaves((args, kwargs))]
+    marked = [[d for d, size in enumerate(x.shape) if size in lengths] if isinstance(x, torch.Tensor) else [] for x in leaves]
     return _trace(model, args, kwargs, marked, config)
 
 

@@ -64,6 +64,7 @@ def write(program: Program, folder: pathlib.Path, name: str, aliases: dict[str, 
     fakes = [value(n) for n in program.exported.graph.nodes if n.op == "placeholder" and n.name in names]
     if (numbers := [n for n, f in zip(names, fakes) if not isinstance(f, torch.Tensor)]):
         raise ExportError(f"inputs {', '.join(map(str, numbers))} are numbers, which an engine does not take; give tensors, or close over them")
+    _reshape(program.exported.graph_module)
     note(f"{name}: engines")
     try:
         graph = torch_tensorrt.dynamo.compile(
@@ -72,6 +73,16 @@ def write(program: Program, folder: pathlib.Path, name: str, aliases: dict[str, 
     except Exception as error:
         raise ExportError(f"Torch-TensorRT cannot build {name}: {type(error).__name__}: {error}") from error
     return _segments(graph, folder, name)
+
+
+def _reshape(module: GraphModule) -> None:
+    """Views become reshapes, in place: they were traced with the memory layout that PyTorch's attention gives its result, and Torch-TensorRT
+    2.11 traces them again with attention written out, whose result lies differently."""
+    aten = torch.ops.aten
+    for graph in (m for m in module.modules() if isinstance(m, GraphModule)):
+        for node in graph.graph.find_nodes(op="call_function", target=aten.view.default):
+            node.target = aten.reshape.default
+        graph.recompile()
 
 
 def _imported():
