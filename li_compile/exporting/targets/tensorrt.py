@@ -64,7 +64,7 @@ def write(program: Program, folder: pathlib.Path, name: str, aliases: dict[str, 
     fakes = [value(n) for n in program.exported.graph.nodes if n.op == "placeholder" and n.name in names]
     if (numbers := [n for n, f in zip(names, fakes) if not isinstance(f, torch.Tensor)]):
         raise ExportError(f"inputs {', '.join(map(str, numbers))} are numbers, which an engine does not take; give tensors, or close over them")
-    _reshape(program.exported.graph_module)
+    _respell(program.exported.graph_module)
     note(f"{name}: engines")
     try:
         graph = torch_tensorrt.dynamo.compile(
@@ -75,14 +75,36 @@ def write(program: Program, folder: pathlib.Path, name: str, aliases: dict[str, 
     return _segments(graph, folder, name)
 
 
-def _reshape(module: GraphModule) -> None:
-    """Views become reshapes, in place: they were traced with the memory layout that PyTorch's attention gives its result, and Torch-TensorRT
-    2.11 traces them again with attention written out, whose result lies differently."""
+def _respell(module: GraphModule) -> None:
+    """In place, what Torch-TensorRT 2.11 cannot take as it is. Views become reshapes: they were traced with the memory layout that PyTorch's
+    attention gives its result, and are traced again with attention written out, whose result lies differently. Writes into a part of a tensor
+    become concatenations: of its own, by scattering, the rank is not known."""
     aten = torch.ops.aten
-    for graph in (m for m in module.modules() if isinstance(m, GraphModule)):
-        for node in graph.graph.find_nodes(op="call_function", target=aten.view.default):
-            node.target = aten.reshape.default
-        graph.recompile()
+    for owner in (m for m in module.modules() if isinstance(m, GraphModule)):
+        graph = owner.graph
+        for node in list(graph.nodes):
+            if node.target is aten.view.default:
+                node.target = aten.reshape.default
+            elif node.target in (aten.slice_scatter.default, aten.select_scatter.default):
+                arguments = dict(zip((a.name for a in node.target._schema.arguments), node.args)) | node.kwargs
+                x, part, dim = arguments["input" if "input" in arguments else "self"], arguments["src"], arguments.get("dim", 0)
+                size = value(x).shape[dim]
+                if node.target is aten.select_scatter.default:
+                    start, step = arguments["index"] % size, 1
+                    end = start + 1
+                else:
+                    start, end, step = slice(arguments.get("start"), arguments.get("end"), arguments.get("step", 1)).indices(size)
+                if step != 1:
+                    continue
+                with graph.inserting_before(node):
+                    if node.target is aten.select_scatter.default:
+                        part = graph.call_function(aten.unsqueeze.default, (part, dim))
+                    around = [graph.call_function(aten.slice.Tensor, (x, dim, *ends)) if ends[0] < ends[1] else None for ends in ((0, start), (end, size))]
+                    made = graph.call_function(aten.cat.default, ([n for n in (around[0], part, around[1]) if n is not None], dim))
+                made.meta = dict(node.meta)
+                node.replace_all_uses_with(made)
+                graph.erase_node(node)
+        owner.recompile()
 
 
 def _imported():
