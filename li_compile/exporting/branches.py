@@ -26,7 +26,7 @@ def in_branches(module: GraphModule) -> bool:
 
 def lift(module: GraphModule) -> None:
     """Do it to every condition of a graph, in place; the constants become buffers of the graph."""
-    buffers: dict[int, str] = {}
+    buffers: dict[tuple, str] = {}
     for node in module.graph.find_nodes(op="call_function", target=COND):
         predicate, *names, operands = node.args
         branches = [getattr(module, n.target) for n in names]
@@ -34,7 +34,7 @@ def lift(module: GraphModule) -> None:
         for i, branch in enumerate(branches):
             for constant in held(branch):
                 tensor = getattr(branch, constant.target)
-                name = buffers.setdefault(id(tensor), NAME.format(len(buffers)))
+                name = buffers.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), NAME.format(len(buffers)))
                 if not hasattr(module, name):
                     module.register_buffer(name, tensor)
                 if name not in given:

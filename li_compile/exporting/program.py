@@ -54,7 +54,7 @@ def make_program(traced: Traced, variant: Variant) -> Program:
     graph = variant.graph
     nodes = [p for p in placeholders(graph.graph)]
     arguments = [Argument(traced.weights.get(p.name) or _name_of(p, traced), p.name in traced.weights) for p in nodes]
-    example = [traced.tensors[a.name] if a.weight else _example(value(p)) for a, p in zip(arguments, nodes)]
+    example = [traced.tensors[a.name] if a.weight else example_of(value(p)) for a, p in zip(arguments, nodes)]
     output = next(n for n in graph.graph.nodes if n.op == "output")
     output.args = (tuple(output.args[0]),)
     graph.recompile()
@@ -106,7 +106,7 @@ def bind_weights(program: Program, tensors: Mapping[str, torch.Tensor]) -> Progr
     for node, argument in zip(nodes, left):  # targets name their inputs after these
         node.target = node.name = _plain(argument.name)
     module.recompile()
-    return Program(_export(module, [_example(value(p)) for p in nodes]), left, program.results,
+    return Program(_export(module, [example_of(value(p)) for p in nodes]), left, program.results,
                    {HELD + n: name for n, name in fixed.items()})
 
 
@@ -134,7 +134,7 @@ def _name_of(node: Node, traced: Traced) -> str:
     return REUSE if node.name == "reuse" else FRAMES
 
 
-def _example(fake: Any) -> Any:
+def example_of(fake: Any) -> Any:
     if not isinstance(fake, torch.Tensor):
         return fake
     real = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
@@ -145,4 +145,4 @@ def _plain(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name)
 
 
-__all__ = ["EARLIER", "FRAMES", "REUSE", "Argument", "Program", "bind_weights", "bound", "make_program"]
+__all__ = ["EARLIER", "FRAMES", "REUSE", "Argument", "Program", "bind_weights", "bound", "example_of", "make_program"]
