@@ -20,7 +20,7 @@ import math
 import torch
 from torch.utils._pytree import tree_map_only
 
-from ._compat import real_tensors
+from ._compat import real_tensors, untraced
 
 __all__ = ["block_coordinates", "block_valid", "cached", "forced_counts", "forced_mask", "laid_out", "neighbour_mask", "num_blocks", "row_places", "tile_order"]
 
@@ -121,7 +121,7 @@ def _own(made):
     that branch wherever else it comes up (2.11 to 2.14)."""
     if not torch.compiler.is_exporting():
         return made
-    with real_tensors():
+    with untraced():
         return tree_map_only(torch.Tensor, torch.clone, made)
 
 
