@@ -12,7 +12,7 @@ import os
 
 import torch
 
-__all__ = ["aot_compile", "cpu_flash", "gluon", "has_triton", "interpreting", "real_tensors"]
+__all__ = ["aot_compile", "body_of", "cpu_flash", "gluon", "has_triton", "interpreting", "real_tensors", "untraced"]
 
 
 @functools.cache
@@ -25,6 +25,11 @@ def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter (on CPU tensors, for tests). Triton reads the variable when a
     kernel is decorated, so it must be set before the first import of a module that holds one."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
+
+
+def body_of(operator):
+    """The function that ``torch.library.custom_op`` made an operator of (2.11 to 2.14: ``CustomOpDef._init_fn``)."""
+    return operator._init_fn
 
 
 def cpu_flash(q, k, v, scale, bias=None):
@@ -48,6 +53,15 @@ def real_tensors():
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     with torch._C.DisableTorchFunction(), unset_fake_temporarily(), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def untraced():
+    """:func:`real_tensors`, of which no tracer takes note either (``_disable_current_modes``, private; 2.11 to 2.14)."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with real_tensors(), _disable_current_modes():
         yield
 
 

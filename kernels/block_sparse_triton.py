@@ -14,13 +14,13 @@ there are none.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import NamedTuple
 
 import torch
 
 from ._compat import has_triton, interpreting
+from .launching import launcher, on_device
 from .problem import Problem
 from .tuning import tuned
 
@@ -118,8 +118,8 @@ def _launch(problem: Problem, out, lse, flags, fixed: bool) -> None:
     # second launch hardly ever has anything to do: few programs with little shared memory start and end soonest.
     tiles = counts.numel() * (size // config.rows)
     grid = (tiles if fixed else min(tiles, _multiprocessors(q.device)),)
-    with torch.cuda.device(q.device) if q.device.type == "cuda" else contextlib.nullcontext():
-        kernel()[grid](
+    with on_device(q.device):
+        launcher(kernel())[grid](
             q, k, v, k1, v1, sk, sv, problem.summary_bias.contiguous() if summary else lse, out, lse,
             counts if problem.rows is None else problem.rows, indices, counts, tails, valid, flags,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k1.stride()[:3], *v1.stride()[:3],

@@ -18,8 +18,9 @@ import functools
 import math
 
 import torch
+from torch.utils._pytree import tree_map_only
 
-from ._compat import real_tensors
+from ._compat import real_tensors, untraced
 
 __all__ = ["block_coordinates", "block_valid", "cached", "forced_counts", "forced_mask", "laid_out", "neighbour_mask", "num_blocks", "row_places", "tile_order"]
 
@@ -105,14 +106,23 @@ def cached(make, device, *args):
     device = torch.device(device)
     key = (make, device, *args)
     if key in _made:
-        return _made[key]
+        return _own(_made[key])
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return make(device, *args)
     if len(_made) >= _MOST:
         _made.clear()
     with real_tensors():
         _made[key] = make(device, *args)
-    return _made[key]
+    return _own(_made[key])
+
+
+def _own(made):
+    """In torch.export every use has a copy of its own: a tensor that it has seen in the branch of a condition, it takes for an attribute of
+    that branch wherever else it comes up (2.11 to 2.14)."""
+    if not torch.compiler.is_exporting():
+        return made
+    with untraced():
+        return tree_map_only(torch.Tensor, torch.clone, made)
 
 
 def _tile_grid(device, frames, height, width, tile):

@@ -7,13 +7,13 @@ the whole history at every step.
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ._compat import has_triton, interpreting
+from .launching import launcher, on_device
 from .layout import num_blocks
 from .providers import Provider, register_provider, select_provider
 
@@ -228,8 +228,8 @@ def launch(x, order, packed, means, rows: int, parts: int, encoding: Encoding) -
     whole = lambda t: x if t is None else t.contiguous()
     camera = encoding.camera
     together = heads_together(heads, encoding)
-    with torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext():
-        pack_kernel[(heads // together, parts, batch)](
+    with on_device(x.device):
+        launcher(pack_kernel)[(heads // together, parts, batch)](
             x, whole(order), whole(encoding.norm), whole(encoding.cos), whole(encoding.sin), whole(camera), packed, packed if means is None else means,
             *x.stride()[:3], *packed.stride()[:2], *((0, 0) if means is None else means.stride()[:2]), 0 if camera is None else camera.shape[1] * 16,
             batch, length, 1 if camera is None else length // camera.shape[1], encoding.eps,

@@ -7,13 +7,13 @@ and ties fall to one region of the video).
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ._compat import has_triton, interpreting
+from .launching import launcher, on_device
 from .providers import Provider, register_provider, select_provider
 
 __all__ = ["Choice", "block_scores", "choose", "choose_blocks", "part_counts"]
@@ -200,8 +200,8 @@ def _run_triton(choice: Choice):
     keep = choice.keep
     strides = [0 if size == 1 else stride for size, stride in zip(keep.shape, keep.stride())]
     forced = choice.forced
-    with torch.cuda.device(counts.device) if counts.device.type == "cuda" else contextlib.nullcontext():
-        select_kernel[(-(-blocks // launch["ROWS"]), heads, batch)](
+    with on_device(counts.device):
+        launcher(select_kernel)[(-(-blocks // launch["ROWS"]), heads, batch)](
             choice.q_means.contiguous(), choice.k_means.contiguous(), choice.q_counts, choice.k_counts, choice.valid,
             choice.valid if forced is None else forced.view(torch.uint8), keep, scores, indices, counts, tails, bias,
             heads, blocks, choice.candidates, choice.first, total, choice.pitch, *strides, choice.scale,

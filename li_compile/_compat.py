@@ -151,8 +151,9 @@ def marked_dims(x: Any) -> list[int]:
 
 
 def tensorrt_settings(version: str) -> dict[str, Any]:
-    """Settings of ``torch_tensorrt.dynamo.compile``: the graph's own dtypes. 2.11 wants that said, later ones know nothing else."""
-    return {"use_explicit_typing": True} if version.startswith("2.11") else {}
+    """Settings of ``torch_tensorrt.dynamo.compile``: the graph's own dtypes, and attention in standard operators. 2.11 wants the former said,
+    later ones know nothing else; its attention layer takes no keys of another length than the queries', and none that was exported on the CPU."""
+    return {"use_explicit_typing": True, "decompose_attention": True} if version.startswith("2.11") else {}
 
 
 def forget_breaks() -> None:

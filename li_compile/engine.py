@@ -76,7 +76,7 @@ def open_engines(folder: str | pathlib.Path) -> dict[str, Engine]:
         binding = dict(zip(segment["inputs"], segment["bindings"][0])), dict(zip(segment["outputs"], segment["bindings"][1]))
         caches = [binding[1][o] for o, t in zip(parts["outputs"], variant["outputs"]) if t["name"].startswith("cache.")]
         found[variant["name"]] = Engine((folder / segment["engine"]).read_bytes(), [binding[0][n] for n in parts["inputs"] if n in binding[0]],
-                                        [binding[1][n] for n in parts["outputs"]], caches)
+                                        [binding[1][n] for n in parts["outputs"] if n is not None], caches)
     return found
 
 

@@ -67,7 +67,14 @@ def inline_regions(module: GraphModule) -> None:
             made = dict(zip(placeholders(sub.graph), call.args[2:]))
             with module.graph.inserting_before(call):
                 for node in sub.graph.nodes:
-                    if node.op not in ("placeholder", "output"):
+                    if node.op == "get_attr":  # a constant of the region, which may be called like one of the graph's
+                        held = getattr(sub, node.target)
+                        known = next((n for n, b in module.named_buffers(recurse=False) if b is held), None)
+                        if known is None:
+                            module.register_buffer(known := f"{name}_{node.target}", held)
+                        made[node] = module.graph.get_attr(known)
+                        made[node].meta = dict(node.meta)
+                    elif node.op not in ("placeholder", "output"):
                         made[node] = module.graph.node_copy(node, made.__getitem__)
             results = next(n for n in sub.graph.nodes if n.op == "output").args[0]
             for user in list(call.users):
@@ -85,9 +92,10 @@ def _gate(module: GraphModule, loop: DenoisingLoop, call: int, terms: list[dict[
     symbols = loop.updates.symbols
     read = dict.fromkeys([*body.shared, *(n[call] for n in body.varying), *(n for t in terms for n in t),
                           *(symbols[s] for t in terms for c in t.values() for s in c.free_symbols)])
-    operands = [n for n in read if not isinstance(getattr(module, str(n.target), None), GraphModule)]
+    known = {n: value(n) for n in read if isinstance(value(n), (bool, int, float))}  # a condition takes tensors alone
+    operands = [n for n in read if n not in known and not isinstance(getattr(module, str(n.target), None), GraphModule)]
     compute, predict = Graph(), Graph()
-    made = {n: compute.placeholder(n.name) for n in operands}
+    made = known | {n: compute.placeholder(n.name) for n in operands}
     # The first call's operands stand for this one's in the copies of its nodes.
     for node in own:
         made[node] = compute.node_copy(node, made.__getitem__)
@@ -95,6 +103,7 @@ def _gate(module: GraphModule, loop: DenoisingLoop, call: int, terms: list[dict[
     given = {n: predict.placeholder(n.name) for n in operands}
     for n, p in given.items():
         p.meta["example_value"] = value(n)
+    given |= known
     out = [emit(predict, Linear({(given[n], ()): c for n, c in t.items()}, ()), {s: given[symbols[s]] for s in symbols if symbols[s] in given},
                 value(o[call]).dtype) for t, o in zip(terms, body.outputs)]
     predict.output(tuple(_own(predict, o) for o in out))

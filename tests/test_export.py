@@ -189,6 +189,43 @@ def test_query_blocks_choose_together_where_gathering_would_cost_too_much(tmp_pa
     assert 1e-4 < relative(got, dense) < 0.5  # fewer choices, still attention
 
 
+def test_a_gate_with_our_operators_written_out(chunk, tmp_path):
+    """Their tables are constants, which a saved condition cannot hold itself; sizes of the context are numbers, which it cannot be given."""
+    options = OPTIONS | {"sparse.min_context": 4, "context.memory_frames": 4, "context.anchor_frames": 0}
+    inputs = [dynamic(world_inputs(chunk.model, 12, revisit=revisit)) for revisit in (False, True)]
+    report = li_compile.export(chunk, inputs[0], path=tmp_path / "a", config=Config.from_options(options | {"cache.guard": None}), gates="device",
+                               sparse="native", strict=True)
+    (variant,) = report.variants
+    assert variant.name == "keep4_gated" and variant.passes["gated_steps"] == 1 and {o["lowering"] for o in variant.operators} == {"native"}
+    runner, compiled = li_compile.load(tmp_path / "a"), torch.compile(chunk, backend="light_interaction", options=options)
+    results = []
+    for given in inputs:
+        with Session(runner.config) as session:
+            results.append(runner(*given))
+        assert session.stats()["reused_chunks"] == (given is inputs[1])
+        with torch.no_grad(), Session(runner.config):
+            assert relative(results[-1], compiled(*given)) <= 1e-4
+
+
+@torch.compiler.nested_compile_region
+def region(x):
+    """Writes a number into a fresh tensor, and holds a constant."""
+    made = torch.zeros_like(x)
+    made[..., 0] = 2.0
+    return x * 0.5 + made + torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
+class Regions(nn.Module):
+    def forward(self, x):
+        return region(region(x))
+
+
+def test_constants_of_nested_regions(tmp_path):
+    model, x = Regions(), torch.randn(2, 4)
+    li_compile.export(model, [x], path=tmp_path / "a")
+    assert relative(li_compile.load(tmp_path / "a")(x), model(x)) <= 1e-6
+
+
 # What cannot be exported, and leaves nothing behind.
 
 

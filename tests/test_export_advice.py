@@ -33,7 +33,7 @@ def rows(**options) -> list:
 
 
 @pytest.mark.parametrize(("options", "device", "target", "why"), [
-    ({"lowering": "segment"}, L4, "aot_inductor", r"in TensorRT li::sparse_attention runs in PyTorch between two engines .*aot_inductor calls our kernel"),
+    ({"lowering": "segment"}, L4, "aot_inductor", r"in TensorRT li::sparse_attention runs in PyTorch between two engines .*aot_inductor runs our kernel"),
     ({"sparse.summary": True}, L4, "aot_inductor", r"between two engines \(blocks that are left out take part through their means"),
     ({}, L4, "aot_inductor", r"li::sparse_attention is not our kernel \(gathered blocks, \d\.\d times the keys' and values' own bytes"),
     ({"preset": "exact"}, L4, "tensorrt", "no operator of ours keeps any part of it out of an engine"),

@@ -19,7 +19,7 @@ def command(
     preset: Annotated[str, typer.Option(help="off, exact, context, sparse, cache or all.")] = "all",
     option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE, such as sparse.topk_ratio=0.25; repeatable.")] = None,
     gates: Annotated[str, typer.Option(help="variants: a program for each plan; device: one, with a condition in it.")] = "variants",
-    sparse: Annotated[str, typer.Option(help="auto, native, segment or plugin: what becomes of block-sparse attention.")] = "auto",
+    sparse: Annotated[str, typer.Option(help="auto, native, compiled, segment or plugin: what becomes of block-sparse attention.")] = "auto",
     also: Annotated[list[str] | None, typer.Option(help="MODULE:FUNCTION for another way in which the model is called, such as without context; "
                                                         "repeatable.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail where part of a graph would be left to PyTorch or to a plugin.")] = False,

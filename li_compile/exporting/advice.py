@@ -30,7 +30,7 @@ def advise(rows: Sequence[dict[str, Any]], device: dict[str, Any], breaks: int =
     package = "aot_inductor" if aot_inductor.unavailable() is None else "exported_program"
     if device["type"] != "cuda":
         return Advice(package, "the inputs are on the CPU, where no TensorRT engine runs")
-    ours = f"; {package} calls our kernel, as the backend does"
+    ours = f"; {package} runs our kernel, as the backend does"
     for way, what in (("segment", "runs in PyTorch between two engines"), ("native", "is not our kernel")):
         for row in rows:
             if row["lowering"] == way and (way == "segment" or row["why"].startswith("gathered blocks")):

@@ -53,9 +53,9 @@ def export(model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
             plan; "device": one program with an input "reuse" (``torch.cond``, ONNX If, TensorRT IIfConditional), which is read back from
             the device. It has no quality guard (``cache.guard``).
         sparse: what becomes of block-sparse attention. "native": written out in standard operators; "segment": our operator,
-            called from the program (in TensorRT, by PyTorch between two engines); "plugin": a custom operator of the runtime (in
-            ONNX, of the domain ``li_compile``); "auto": what suits the target. What cannot be written out is dense attention in ONNX,
-            and a segment in TensorRT; the report says why.
+            called from the program (in TensorRT, by PyTorch between two engines); "compiled": our portable Triton kernels, compiled
+            into an AOTInductor package for CUDA; "plugin": a custom operator of the runtime (in ONNX, of the domain ``li_compile``);
+            "auto": what suits the target. What cannot be written out is dense attention in ONNX, and a segment in TensorRT; the report says why.
         strict: raise where a graph could only be exported in part, with dense attention in place of sparse, or would need li_compile
             or a plugin in an engine.
         also: further (args, kwargs) with which the model is called, such as without context for the first chunk.

@@ -9,23 +9,25 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from li_compile.errors import ExportError
 from li_compile.exporting.targets.onnx import in_domain
 from li_compile.kernels import expected_provider
+from li_compile.kernels.inlined import INLINED, why_not_inlined
 from li_compile.kernels.native import NATIVE, gathered_share, why_not_native
 from li_compile.kernels.plan import CURRENT, make_plan
 from li_compile.patterns.graph import value
 
-CHOICES = ("auto", "native", "plugin", "segment")
+CHOICES = ("auto", "compiled", "native", "plugin", "segment")
 GATHER_MOST = 8.0  # times the keys and values' own bytes that gathering blocks may write
 
 #: Target -> what "auto" tries, in order. operator: called as it is; dense: written out with nothing left out; domain: a node of the ONNX
-#: domain li_compile.
-AUTO = {"exported_program": ("operator",), "aot_inductor": ("operator",), "onnx": ("native", "dense", "domain"), "tensorrt": ("native", "segment")}
+#: domain li_compile; compiled: our Triton kernels become a part of the package.
+AUTO = {"exported_program": ("operator",), "aot_inductor": ("compiled", "operator"), "onnx": ("native", "dense", "domain"), "tensorrt": ("native", "segment")}
 ASKED = {
     "exported_program": {"native": ("native", "operator"), "segment": ("operator",)},
-    "aot_inductor": {"native": ("native", "operator"), "segment": ("operator",)},
+    "aot_inductor": {"compiled": ("compiled", "operator"), "native": ("native", "operator"), "segment": ("operator",)},
     "onnx": {"native": ("native", "dense", "domain"), "plugin": ("domain",)},
     "tensorrt": {"native": ("native", "segment"), "segment": ("segment",)},
 }
@@ -107,6 +109,10 @@ def _choose(node: Node, name: str, ways: tuple[str, ...]) -> tuple[str, str, Cal
                 share, how = _native(name, arguments)
                 return way, how, partial(call, NATIVE[name], node.args, {**node.kwargs, "share": share} if share > 1 else node.kwargs)
             reasons.append(reason)
+        elif way == "compiled":
+            if (reason := why_not_inlined(name, {a: map_arg(x, value) for a, x in arguments.items()})) is None:
+                return way, "our Triton kernels are compiled into the package", partial(call, INLINED[name], node.args, node.kwargs)
+            reasons.append(f"not compiled in: {reason}")
         elif way == "dense":
             given = arguments | {a: x for a, x in EVERYTHING.items() if a in arguments}
             if why_not_native(name, given) is None:

@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import GraphModule, Node
 
 from li_compile.errors import ExportError
+from li_compile.exporting import branches
 from li_compile.exporting.trace import Traced
 from li_compile.exporting.variants import Variant
 from li_compile.patterns.graph import placeholders, value
@@ -53,7 +54,7 @@ def make_program(traced: Traced, variant: Variant) -> Program:
     graph = variant.graph
     nodes = [p for p in placeholders(graph.graph)]
     arguments = [Argument(traced.weights.get(p.name) or _name_of(p, traced), p.name in traced.weights) for p in nodes]
-    example = [traced.tensors[a.name] if a.weight else _example(value(p)) for a, p in zip(arguments, nodes)]
+    example = [traced.tensors[a.name] if a.weight else example_of(value(p)) for a, p in zip(arguments, nodes)]
     output = next(n for n in graph.graph.nodes if n.op == "output")
     output.args = (tuple(output.args[0]),)
     graph.recompile()
@@ -91,8 +92,8 @@ def bound(exported: ExportedProgram, values: Mapping[str, torch.Tensor]) -> Grap
         fixed[name] = tensor
         made[node] = new.get_attr(name)
         made[node].meta = dict(node.meta)
-    branches = {n.target: getattr(exported.graph_module, n.target) for n in new.nodes if n.op == "get_attr" and n.target not in fixed}
-    return torch.fx.GraphModule(fixed | branches, new)
+    nested = {n.target: getattr(exported.graph_module, n.target) for n in new.nodes if n.op == "get_attr" and n.target not in fixed}
+    return torch.fx.GraphModule(fixed | nested, new)
 
 
 def bind_weights(program: Program, tensors: Mapping[str, torch.Tensor]) -> Program:
@@ -105,7 +106,7 @@ def bind_weights(program: Program, tensors: Mapping[str, torch.Tensor]) -> Progr
     for node, argument in zip(nodes, left):  # targets name their inputs after these
         node.target = node.name = _plain(argument.name)
     module.recompile()
-    return Program(_export(module, [_example(value(p)) for p in nodes]), left, program.results,
+    return Program(_export(module, [example_of(value(p)) for p in nodes]), left, program.results,
                    {HELD + n: name for n, name in fixed.items()})
 
 
@@ -116,6 +117,9 @@ def _export(graph: GraphModule, example: Sequence[Any]) -> ExportedProgram:
     try:
         with torch.no_grad():
             exported = torch.export.export(graph, tuple(example), strict=False)
+            if branches.in_branches(exported.graph_module):
+                branches.lift(lifted := bound(exported, {}))
+                exported = torch.export.export(lifted, tuple(example), strict=False)
             mutable = any(isinstance(n.target, torch._ops.OpOverload) and n.target._schema.is_mutable for n in exported.graph.nodes)
             return exported.run_decompositions({}) if mutable else exported
     except Exception as error:
@@ -130,7 +134,7 @@ def _name_of(node: Node, traced: Traced) -> str:
     return REUSE if node.name == "reuse" else FRAMES
 
 
-def _example(fake: Any) -> Any:
+def example_of(fake: Any) -> Any:
     if not isinstance(fake, torch.Tensor):
         return fake
     real = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device)
@@ -141,4 +145,4 @@ def _plain(name: str) -> str:
     return "".join(c if c.isalnum() else "_" for c in name)
 
 
-__all__ = ["EARLIER", "FRAMES", "REUSE", "Argument", "Program", "bind_weights", "bound", "make_program"]
+__all__ = ["EARLIER", "FRAMES", "REUSE", "Argument", "Program", "bind_weights", "bound", "example_of", "make_program"]

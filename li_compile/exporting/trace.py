@@ -33,13 +33,13 @@ class Traced:
 def trace(model: Callable[..., Any], args: tuple, kwargs: dict[str, Any], config: Config) -> Traced:
     """Trace and match. The number of context frames becomes a dynamic size, if it is one at all: where the user did not mark
     it (``torch._dynamo.mark_dynamic``), a first trace finds it. Raises ExportError where torch.export cannot trace."""
-    marked = [_compat.marked_dims(x) for x in pytree.tree_leaves((args, kwargs))]
+    leaves = pytree.tree_leaves((args, kwargs))
+    marked = [_compat.marked_dims(x) if config.context.enabled else [] for x in leaves]  # else all sizes are constants
     traced = _trace(model, args, kwargs, marked, config)
     lengths = constant_lengths(traced.facts)
     if any(marked) or not lengths or not config.context.enabled or traced.facts.context is not None:
         return traced
-    marked = [[d for d, size in enumerate(x.shape) if size in lengths] if isinstance(x, torch.Tensor) else []
-              for x in pytree.tree_leaves((args, kwargs))]
+    marked = [[d for d, size in enumerate(x.shape) if size in lengths] if isinstance(x, torch.Tensor) else [] for x in leaves]
     return _trace(model, args, kwargs, marked, config)
 
 
@@ -78,17 +78,22 @@ def _trace(model, args: tuple, kwargs: dict, marked: list[list[int]], config: Co
 
 
 def _numbers(program: torch.export.ExportedProgram) -> None:
-    """Numbers that torch.export lifted out of writes, as constants of the trace, become numbers again, as in Dynamo's graphs."""
-    aten = torch.ops.aten
-    specs = {s.arg.name: s.target for s in program.graph_signature.input_specs if s.kind is torch.export.graph_signature.InputKind.CONSTANT_TENSOR}
-    for node in program.graph.find_nodes(op="call_function", target=aten.fill_.Tensor):
-        given = node.args[1]
-        held = given.args[0] if given.target is aten.lift_fresh_copy.default else given
-        if held.name in specs and (number := program.constants[specs[held.name]]).dim() == 0:
-            node.target, node.args = aten.fill_.Scalar, (node.args[0], number.item())
-            if given is not held and not given.users:
-                program.graph.erase_node(given)
-    program.graph_module.recompile()
+    """Numbers that torch.export lifted out of writes, as constants of the trace or of a nested region, become numbers again, as in Dynamo's
+    graphs."""
+    aten, kind = torch.ops.aten, torch.export.graph_signature.InputKind
+    lifted = {s.arg.name: program.constants[s.target] for s in program.graph_signature.input_specs if s.kind is kind.CONSTANT_TENSOR}
+    for module in (m for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)):
+        whole = module is program.graph_module
+        for node in module.graph.find_nodes(op="call_function", target=aten.fill_.Tensor):
+            given = node.args[1]
+            held = given.args[0] if given.target is aten.lift_fresh_copy.default else given
+            number = lifted.get(held.name) if whole else getattr(module, held.target) if held.op == "get_attr" else None
+            if number is not None and number.dim() == 0:
+                node.target, node.args = aten.fill_.Scalar, (node.args[0], number.item())
+                for unread in (given, held):
+                    if unread.op != "placeholder" and not unread.users:
+                        module.graph.erase_node(unread)
+        module.recompile()
 
 
 class AsModule(torch.nn.Module):

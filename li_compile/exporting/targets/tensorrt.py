@@ -18,8 +18,8 @@ from torch.fx import GraphModule, Node
 from li_compile import _compat
 from li_compile.errors import BackendUnavailable, ExportError
 from li_compile.exporting.manifest import VariantEntry
-from li_compile.exporting.program import Program, bound
-from li_compile.patterns.graph import value
+from li_compile.exporting.program import Program, bound, example_of
+from li_compile.patterns.graph import placeholders, value
 
 PACKAGES = ("torch-tensorrt-rtx", "torch-tensorrt", "tensorrt-rtx", "tensorrt")
 TIED = ("tensorrt-rtx", "tensorrt")
@@ -60,18 +60,74 @@ def write(program: Program, folder: pathlib.Path, name: str, aliases: dict[str, 
     from li_compile.exporting.targets.tensorrt_cond import register_cond
 
     register_cond()
-    names = program.exported.graph_signature.user_inputs
-    fakes = [value(n) for n in program.exported.graph.nodes if n.op == "placeholder" and n.name in names]
+    exported, dropped, constants = _tensors_alone(program.exported)
+    _respell(exported.graph_module)
+    names = exported.graph_signature.user_inputs
+    fakes = [value(n) for n in exported.graph.nodes if n.op == "placeholder" and n.name in names]
     if (numbers := [n for n, f in zip(names, fakes) if not isinstance(f, torch.Tensor)]):
         raise ExportError(f"inputs {', '.join(map(str, numbers))} are numbers, which an engine does not take; give tensors, or close over them")
     note(f"{name}: engines")
     try:
         graph = torch_tensorrt.dynamo.compile(
-            program.exported, arg_inputs=[torch_tensorrt.Input(tuple(f.shape), dtype=f.dtype) for f in fakes], device=torch.device("cuda:0"),
+            exported, arg_inputs=[torch_tensorrt.Input(tuple(f.shape), dtype=f.dtype) for f in fakes], device=torch.device("cuda:0"),
             **_compat.tensorrt_settings(torch_tensorrt.__version__))
     except Exception as error:
         raise ExportError(f"Torch-TensorRT cannot build {name}: {type(error).__name__}: {error}") from error
-    return _segments(graph, folder, name)
+    parts = _segments(graph, folder, name)
+    for i in dropped:
+        parts["inputs"].insert(i, None)
+    for i in constants:
+        parts["outputs"].insert(i, None)
+    return parts | {"constants": {str(i): constant for i, constant in constants.items()}}
+
+
+def _tensors_alone(exported: torch.export.ExportedProgram) -> tuple[torch.export.ExportedProgram, list[int], dict[int, Any]]:
+    """A program without what an engine neither takes nor gives: inputs that are constants, which nothing reads, by their positions; and results
+    that are no tensors, with these by theirs."""
+    module = bound(exported, {})
+    output = next(n for n in module.graph.nodes if n.op == "output")
+    constants = {i: r for i, r in enumerate(output.args[0]) if not isinstance(r, Node)}
+    dropped = [i for i, n in enumerate(placeholders(module.graph)) if not n.users and not isinstance(value(n), torch.Tensor)]
+    if not constants and not dropped:
+        return exported, [], {}
+    output.args = (tuple(r for r in output.args[0] if isinstance(r, Node)),)
+    for node in [n for i, n in enumerate(placeholders(module.graph)) if i in dropped]:
+        module.graph.erase_node(node)
+    module.recompile()
+    with torch.no_grad():
+        return torch.export.export(module, tuple(example_of(value(n)) for n in placeholders(module.graph)), strict=False), dropped, constants
+
+
+def _respell(module: GraphModule) -> None:
+    """In place, what Torch-TensorRT 2.11 cannot take as it is. Views become reshapes: they were traced with the memory layout that PyTorch's
+    attention gives its result, and are traced again with attention written out, whose result lies differently. Writes into a part of a tensor
+    become concatenations: of its own, by scattering, the rank is not known."""
+    aten = torch.ops.aten
+    for owner in (m for m in module.modules() if isinstance(m, GraphModule)):
+        graph = owner.graph
+        for node in list(graph.nodes):
+            if node.target is aten.view.default:
+                node.target = aten.reshape.default
+            elif node.target in (aten.slice_scatter.default, aten.select_scatter.default):
+                arguments = dict(zip((a.name for a in node.target._schema.arguments), node.args)) | node.kwargs
+                x, part, dim = arguments["input" if "input" in arguments else "self"], arguments["src"], arguments.get("dim", 0)
+                size = value(x).shape[dim]
+                if node.target is aten.select_scatter.default:
+                    start, step = arguments["index"] % size, 1
+                    end = start + 1
+                else:
+                    start, end, step = slice(arguments.get("start"), arguments.get("end"), arguments.get("step", 1)).indices(size)
+                if step != 1:
+                    continue
+                with graph.inserting_before(node):
+                    if node.target is aten.select_scatter.default:
+                        part = graph.call_function(aten.unsqueeze.default, (part, dim))
+                    around = [graph.call_function(aten.slice.Tensor, (x, dim, *ends)) if ends[0] < ends[1] else None for ends in ((0, start), (end, size))]
+                    made = graph.call_function(aten.cat.default, ([n for n in (around[0], part, around[1]) if n is not None], dim))
+                made.meta = dict(node.meta)
+                node.replace_all_uses_with(made)
+                graph.erase_node(node)
+        owner.recompile()
 
 
 def _imported():
@@ -143,6 +199,6 @@ def open_variant(folder: pathlib.Path, entry: VariantEntry, device: torch.device
         for row, segment in zip(parts["segments"], opened):
             out = segment(*(held[n] for n in row["inputs"]))
             held |= dict(zip(row["outputs"], out if isinstance(out, (tuple, list)) else [out]))
-        return [held[n] for n in parts["outputs"]]
+        return [parts["constants"][str(i)] if n is None else held[n] for i, n in enumerate(parts["outputs"])]
 
     return run

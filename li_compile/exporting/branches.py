@@ -1,0 +1,56 @@
+"""Constants of a condition's branches become its operands.
+
+Tables that an operator needs are constants of the trace. torch.export lifts those of a graph and leaves those of a branch where they are, and
+neither a saved program nor Torch-TensorRT takes them there (2.11 to 2.14).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from li_compile.patterns.graph import placeholders
+
+COND = torch.ops.higher_order.cond
+NAME = "branch_constant_{}"
+
+
+def held(branch: GraphModule) -> list[Node]:
+    """The nodes of a branch that are constants of it."""
+    return [n for n in branch.graph.find_nodes(op="get_attr") if isinstance(getattr(branch, n.target), torch.Tensor)]
+
+
+def in_branches(module: GraphModule) -> bool:
+    return any(held(b) for _, b in module.named_children() if isinstance(b, GraphModule))
+
+
+def lift(module: GraphModule) -> None:
+    """Do it to every condition of a graph, in place; the constants become buffers of the graph."""
+    buffers: dict[tuple, str] = {}
+    for node in module.graph.find_nodes(op="call_function", target=COND):
+        predicate, *names, operands = node.args
+        branches = [getattr(module, n.target) for n in names]
+        given: dict[str, list[Node]] = {}  # a constant -> the input of each branch; an operand must not be given twice
+        for i, branch in enumerate(branches):
+            for constant in held(branch):
+                tensor = getattr(branch, constant.target)
+                name = buffers.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), NAME.format(len(buffers)))
+                if not hasattr(module, name):
+                    module.register_buffer(name, tensor)
+                if name not in given:
+                    with module.graph.inserting_before(node):
+                        operands = (*operands, module.graph.get_attr(name))
+                    given[name] = [_input(b, name) for b in branches]
+                constant.replace_all_uses_with(given[name][i])
+                branch.graph.erase_node(constant)
+                if not any(n.target == constant.target for n in held(branch)):
+                    delattr(branch, constant.target)
+        node.args = (predicate, *names, operands)
+        for branch in branches:
+            branch.recompile()
+    module.recompile()
+
+
+def _input(branch: GraphModule, name: str) -> Node:
+    with branch.graph.inserting_after(placeholders(branch.graph)[-1]):
+        return branch.graph.placeholder(name)
