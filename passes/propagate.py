@@ -7,7 +7,6 @@ either: of 54 blocks only those are that the pass touched.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
