@@ -162,11 +162,13 @@ def _told(misses: list[patterns.Miss], left: Found) -> list[patterns.Miss]:
 
 @dataclasses.dataclass
 class Base:
-    """A graph after the passes that all variants of one context length share. observe: told of each pass that was done."""
+    """A graph after the passes that all variants of one context length share. observe: told of each pass that was done; settled: whether
+    its shapes are those of its inputs, which they are from the first pass on."""
 
     module: GraphModule
     records: list[Record]
     observe: Callable[[str, GraphModule], None] | None = None
+    settled: bool = False
 
 
 def report_of(index: int, facts: Facts) -> GraphReport:
@@ -221,7 +223,7 @@ def build(facts: Facts, config: Config, inputs: Sequence[Any], mode, *, kept: in
     """Run the passes for one variant. base: what ``prepare`` gave for this context length, if it was run before.
     observe: called with each pass's name and the graph after it."""
     base = base or prepare(facts, config, inputs, mode, kept, observe)
-    variant = Base(copy.deepcopy(base.module), list(base.records), observe)
+    variant = Base(copy.deepcopy(base.module), list(base.records), observe, base.settled)
     apply = partial(_apply, variant, config, inputs, mode)
     apply_reuse(apply, facts, config, reuse)
     if config.exact.enabled and config.exact.repeated_blocks and not facts.empty:
@@ -304,9 +306,12 @@ def _apply(base: Base, config: Config, inputs: Sequence[Any], mode, name: str, r
     trial = copy.deepcopy(base.module)
     try:
         record = run(trial)
-        tidy(trial)
-        added = [value(p) for p in placeholders(trial.graph)[len(inputs):]]
-        propagate(trial, [*inputs, *added], mode)
+        if not record.count and base.settled:  # most passes find nothing in most graphs
+            trial = base.module
+        else:
+            tidy(trial)
+            added = [value(p) for p in placeholders(trial.graph)[len(inputs):]]
+            propagate(trial, [*inputs, *added], mode)
     except Refused as why:
         base.records.append(Record(name, misses=[why.miss]))
     except Exception as error:
@@ -316,8 +321,9 @@ def _apply(base: Base, config: Config, inputs: Sequence[Any], mode, name: str, r
         warnings.warn(text, stacklevel=2)
         base.records.append(Record(name, misses=[patterns.Miss(name, "graph", text)]))
     else:
-        record.flops, record.bytes = (old - new for old, new in zip(cost(base.module), cost(trial)))
-        base.module = trial
+        if trial is not base.module:
+            record.flops, record.bytes = (old - new for old, new in zip(cost(base.module), cost(trial)))
+        base.module, base.settled = trial, True
         base.records.append(record)
         if base.observe is not None:
             base.observe(name, trial)

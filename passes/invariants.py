@@ -166,7 +166,7 @@ def _move(module: GraphModule, region: str, found: list[Node], few_enough: Calla
             moved[node] = Moved(node.name, saved, flops * saved, size * variety[node])
     if memory is not None:
         moved = _within(moved, memory, {n: sum(cost_of(c)[0] for c in _chain(n, few)) for n in moved})
-    keys, before = {node: [key(node, c) for c in found] for node in moved}, {n: i for i, n in enumerate(module.graph.nodes)}
+    keys = {node: [key(node, c) for c in found] for node in moved}
     for node in moved:
         shared: dict[tuple, Node] = {}
         for k, call in zip(keys[node], found):
@@ -178,7 +178,6 @@ def _move(module: GraphModule, region: str, found: list[Node], few_enough: Calla
         (inside,) = hand_in(sub, found, [[shared[k]] for k in keys[node]], node.name)
         node.replace_all_uses_with(inside)
     if moved:
-        merge_equal(module.graph, before)  # what two of them are computed from, once; what was there stays as it is written
         drop_dead(sub)
         drop_unused(module, sub, region)
     return list(moved.values())

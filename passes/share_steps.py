@@ -24,7 +24,7 @@ from li_compile.patterns.graph import REGION, SDPA, ancestors, calls, descendant
 from li_compile.patterns.loop_body import Body
 from li_compile.patterns.loop_calls import weight_of
 
-from .invariants import Moved, hoist, lift
+from .invariants import Moved, hoist, lift, merge_equal
 from .outline import outline
 from .record import Record, Refused
 
@@ -68,10 +68,15 @@ def _invariants(module: GraphModule, found: list[Node], branches: int, memory: i
     for node in step.graph.nodes:
         if node.op.startswith("call") and node.target is not REGION and is_pure(node) and all(n in fixed for n in node.all_input_nodes):
             fixed.add(node)
+    numbered = lambda graph: {n: i for i, n in enumerate(graph.nodes)}
+    before = numbered(step.graph), numbered(module.graph)
     for region in subgraphs(step):
         lifted = lift(step, region, {n for n in step.graph.nodes if n not in fixed and n.op != "get_attr"}, memory)
         memory = None if memory is None else memory - sum(m.bytes for m in lifted)
-    return hoist(module, STEP, late=late, most=branches)
+    merge_equal(step.graph, before[0])  # what two of them are computed from, once; what was there stays as it is written
+    moved = hoist(module, STEP, late=late, most=branches)
+    merge_equal(module.graph, before[1])
+    return moved
 
 
 def shared_regions(module: GraphModule) -> list[str]:

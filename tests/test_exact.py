@@ -24,7 +24,7 @@ from li_compile.passes.merge_regions import merge_regions
 from li_compile.passes.propagate import propagate, tidy
 from li_compile.passes.real_arithmetic import real_arithmetic
 from li_compile.passes.small_products import small_products
-from li_compile.patterns.graph import REGION, name_of, region_calls, subgraphs, value
+from li_compile.patterns.graph import REGION, all_graphs, name_of, region_calls, subgraphs, value
 from li_compile.pipeline import EXACT, canonical, match, prepare, report_of
 from li_compile.tf32 import within_tf32
 
@@ -587,6 +587,38 @@ def test_an_autocast_to_full_precision_does_not_widen_what_was_lowered(monkeypat
     products = [value(n).dtype for graph_module in graphs for n in graph_module.graph.nodes if name_of(n) == "linear"]
     assert sorted(products, key=str) == [torch.bfloat16] + [dtype] * (2 - regional) and len(graphs) == 1 + regional
     assert value(next(n for n in done.module.graph.nodes if n.op == "output"))[0].dtype == torch.float32
+
+
+class Steps(nn.Module):
+    """Three steps of a model in bf16, in whose blocks, which are a region, a product is in fp32."""
+
+    def __init__(self):
+        super().__init__()
+        self.start, self.time = (nn.Linear(n, 16, dtype=torch.bfloat16) for n in (16, 1))
+        self.islands = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.run = region(lambda layer, x: x + layer(x.float()).bfloat16())
+
+    def forward(self, x):
+        for step in (0.5, 0.3, 0.2):
+            v = self.start(x) + self.time(x.new_full((1,), step))
+            for island in self.islands:
+                v = self.run(island, v)
+            x = x + v * step
+        return x
+
+
+@pytest.mark.parametrize("islands, dtype", [("keep", torch.float32), ("bf16", torch.bfloat16)])
+def test_islands_within_the_steps_of_a_loop_are_lowered_too(islands, dtype):
+    torch.manual_seed(0)
+    model, x = Steps(), torch.randn(4, 16, dtype=torch.bfloat16)
+    traced = Traced(model, x)
+    config = Config.from_options({"preset": "exact", "strict": True, "exact.islands": islands})
+    done = prepare(match(canonical(traced.module, traced.fakes, config), config), config, traced.fakes, _compat.fake_mode_of(traced.fakes), kept=None)
+    assert {r.name: r.count for r in done.records}["share_steps"] == 3
+    products = [value(n).dtype for part in all_graphs(done.module) for n in part.graph.nodes if name_of(n) == "linear"]
+    assert sorted(products, key=str) == [torch.bfloat16] * 2 + [dtype], "the first two products and the blocks', once each"
+    with torch.no_grad():
+        assert relative(done.module(*traced.arguments(x))[0].float(), model(x).float()) <= (0 if islands == "keep" else 2e-2)
 
 
 SMALL_PRODUCTS = {

@@ -146,3 +146,35 @@ def test_an_import_that_fails(tmp_path, monkeypatch):
     with pytest.raises(BackendUnavailable, match=r"(?s)torch_tensorrt is installed and cannot be imported: .*It needs an NVIDIA driver"):
         li_compile.export(nn.Linear(2, 2), [torch.ones(1, 2)], target="tensorrt", path=tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+class Writes(nn.Module):
+    """Views, and writes into a part of a tensor, as torch.export spells them."""
+
+    def forward(self, x, y, unread: int):
+        x = x.clone()
+        x[:, 1:3] = y  # slice_scatter
+        x[:, :, -1] = y[:, :1].mean(-1)  # select_scatter
+        x[1:] = 2.0
+        x[:, ::2] = 0.5  # of another step than 1: stays
+        return x.view(x.shape[0], -1), unread + 1, x.sum()
+
+
+def test_what_an_engine_neither_takes_nor_gives_is_left_out_and_the_rest_respelled_without_a_change_of_numbers():
+    x, y = torch.randn(2, 4, 5), torch.randn(2, 2, 5)
+    with torch.no_grad():
+        exported = torch.export.export(Writes(), (x, y, 3)).run_decompositions({})
+        program, dropped, constants = tensorrt._tensors_alone(exported)
+        assert dropped == [2] and constants == {1: 4}
+        tensorrt._respell(program.graph_module)
+        targets = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+        assert "aten.view.default" not in targets and "aten.select_scatter.default" not in targets and targets.count("aten.cat.default") == 3
+        assert targets.count("aten.slice_scatter.default") == 1
+        wanted, got = Writes()(x, y, 3), program.module()(x, y)
+    assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[2])
+
+
+def test_a_program_of_tensors_alone_stays_the_one_it_is():
+    exported = torch.export.export(nn.Linear(3, 4), (torch.randn(2, 3),))
+    program, dropped, constants = tensorrt._tensors_alone(exported)
+    assert program is exported and not dropped and not constants
