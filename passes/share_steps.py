@@ -70,6 +70,7 @@ def _invariants(module: GraphModule, found: list[Node], branches: int, memory: i
             fixed.add(node)
     numbered = lambda graph: {n: i for i, n in enumerate(graph.nodes)}
     before = numbered(step.graph), numbered(module.graph)
+    memory = None if memory is None else memory // branches  # each branch of guidance has values of its own
     for region in subgraphs(step):
         lifted = lift(step, region, {n for n in step.graph.nodes if n not in fixed and n.op != "get_attr"}, memory)
         memory = None if memory is None else memory - sum(m.bytes for m in lifted)

@@ -12,7 +12,7 @@ from li_compile.config import Config
 from li_compile.dispatch import Variant
 from li_compile.passes.predictors import PREDICTORS, Skipping
 from li_compile.passes.share_steps import STEP
-from li_compile.patterns.graph import region_calls
+from li_compile.patterns.graph import name_of, region_calls
 
 SAMPLERS = {"euler": euler, "renoise": renoise, "unipc": unipc}
 LEVELS = shifted(4, most=0.9998)
@@ -396,7 +396,8 @@ class Injected(nn.Module):
         return x
 
 
-ROWS, WIDTH = 4096, 128  # a scale is of 2 MB, more than what is kept in any case
+ROWS, WIDTH = 4096, 128
+KEPT = 4 * ROWS * WIDTH  # bytes of a layer's scale: more than what is kept in any case
 
 
 @pytest.fixture(scope="module")
@@ -407,22 +408,53 @@ def injected():
     return Traced(sample, *given), given
 
 
-@pytest.mark.parametrize("memory, kept, products", [(None, 6, 1), (6 * 4 * ROWS * WIDTH, 6, 1), (3 * 4 * ROWS * WIDTH, 4, 3), (0, 1, 4)])
-def test_what_a_layer_computes_alike_in_all_steps_is_computed_before_them_as_far_as_memory_allows(injected, memory, kept, products):
-    """products: of a layer that are left in a step; a scale or a shift without the other needs the camera's in both places, and its embedding."""
+def shared(traced, memory):
+    """(record, step, its layer, the graph) after share_steps."""
     from li_compile.passes.propagate import tidy
     from li_compile.passes.share_steps import share_steps
     from li_compile.patterns import find_loop
-    from li_compile.patterns.graph import all_graphs, name_of
+    from li_compile.patterns.graph import all_graphs
 
-    traced, given = injected
     module = traced.facts().module
     record = share_steps(module, find_loop(module)[0], memory=memory)
     tidy(module)
     step = getattr(module, STEP)
-    assert record.count == 4 and len([d for d in record.details if "out of its region" in d]) == kept
     (layer,) = (g for g in all_graphs(step) if g is not step)
-    assert sum(name_of(n) == "linear" for n in layer.graph.nodes) == products and len(region_calls(step, "subgraph_0")) == 3
+    return record, step, layer, module
+
+
+def products_of(graph_module) -> int:
+    return sum(name_of(n) == "linear" for n in graph_module.graph.nodes)
+
+
+@pytest.mark.parametrize("memory, kept, products", [(None, 6, 1), (6 * KEPT, 6, 1), (3 * KEPT, 4, 3), (0, 1, 4)])
+def test_what_a_layer_computes_alike_in_all_steps_is_computed_before_them_as_far_as_memory_allows(injected, memory, kept, products):
+    """products: of a layer that are left in a step; a scale or a shift without the other needs the camera's in both places, and its embedding."""
+    traced, given = injected
+    record, step, layer, module = shared(traced, memory)
+    assert record.count == 4 and len([d for d in record.details if "out of its region" in d]) == kept
+    assert products_of(layer) == products and len(region_calls(step, "subgraph_0")) == 3
+    with torch.no_grad():
+        assert relative(module(*traced.arguments(*given))[0], traced(*given)) <= 1e-6
+
+
+@pytest.mark.parametrize("memory, products", [(12 * KEPT, 1), (6 * KEPT, 3)])
+def test_each_branch_of_guidance_takes_its_share_of_the_memory(memory, products):
+    torch.manual_seed(0)
+    model, given = Injected(width=WIDTH), (torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH))
+
+    def sample(x, condition):
+        both = torch.zeros_like(condition), condition
+
+        def velocity(x, sigma, _):
+            plain, steered = (model(x, condition.new_tensor(sigma), c) for c in both)
+            return plain + 3.0 * (steered - plain)
+
+        return euler(velocity, LEVELS)(x, condition)
+
+    traced = Traced(sample, *given)
+    record, step, layer, module = shared(traced, memory)
+    assert record.count == 8 and products_of(layer) == products
     with torch.no_grad():
         assert relative(module(*traced.arguments(*given))[0], traced(*given)) <= 1e-6
 
