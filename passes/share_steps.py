@@ -16,17 +16,20 @@ variants of the graph share them (li_compile/regions.py).
 
 from __future__ import annotations
 
+import copy
+
 from torch.fx import GraphModule, Node
 
 from li_compile.patterns import DenoisingLoop, Miss
 from li_compile.patterns.effects import ALIASES, RANDOM, WRITES, effect, is_pure, outside_writes, switches_mode, target, written
-from li_compile.patterns.graph import REGION, SDPA, ancestors, calls, descendants, name_of, placeholders, source_line, subgraphs
+from li_compile.patterns.graph import REGION, SDPA, all_graphs, ancestors, calls, descendants, name_of, placeholders, region_calls, source_line, subgraphs
 from li_compile.patterns.loop_body import Body
 from li_compile.patterns.loop_calls import weight_of
 
 from .invariants import Moved, hoist, lift, merge_equal
 from .outline import outline
 from .record import Record, Refused
+from .regions import retarget
 
 PREFIX = "li_"
 BEFORE, STEP, AFTER = PREFIX + "before", PREFIX + "step", PREFIX + "after"
@@ -71,13 +74,30 @@ def _invariants(module: GraphModule, found: list[Node], branches: int, memory: i
     numbered = lambda graph: {n: i for i, n in enumerate(graph.nodes)}
     before = numbered(step.graph), numbered(module.graph)
     memory = None if memory is None else memory // branches  # each branch of guidance has values of its own
-    for region in subgraphs(step):
-        lifted = lift(step, region, {n for n in step.graph.nodes if n not in fixed and n.op != "get_attr"}, memory)
+    late_in_step = {n for n in step.graph.nodes if n not in fixed}
+    for region, sub in subgraphs(step).items():
+        elsewhere = any(other is sub and region_calls(part, name) for part in all_graphs(module) if part is not step
+                        for name, other in subgraphs(part).items())
+        # Who else calls it hands it what it was handed before.
+        own = _renamed(step, region, f"{region}_of_steps", copy.deepcopy(sub)) if elsewhere else region
+        lifted = lift(step, own, late_in_step, memory)
         memory = None if memory is None else memory - sum(m.bytes for m in lifted)
+        if elsewhere and not lifted:
+            _renamed(step, own, region, sub)
     merge_equal(step.graph, before[0])  # what two of them are computed from, once; what was there stays as it is written
     moved = hoist(module, STEP, late=late, most=branches)
     merge_equal(module.graph, before[1])
     return moved
+
+
+def _renamed(step: GraphModule, old: str, new: str, sub: GraphModule) -> str:
+    """Let the step call a region by another name, by which compilers know it; the name."""
+    setattr(step, new, sub)
+    for call in region_calls(step, old):
+        retarget(step, call, new)
+    step.graph.eliminate_dead_code(lambda n: n.op != "get_attr")
+    delattr(step, old)
+    return new
 
 
 def shared_regions(module: GraphModule) -> list[str]:

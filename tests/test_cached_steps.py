@@ -466,3 +466,19 @@ def test_the_share_of_memory_is_an_option(injected):
     layer = 2 * ROWS * WIDTH**2  # of one product: three of four less in three of four steps, of three layers
     assert flops[1] - flops[0] == 3 * 3 * 3 * layer
     assert relative(kept(*given), traced(*given)) <= 1e-6 and relative(alone(*given), traced(*given)) <= 1e-6
+
+
+def test_a_region_that_is_called_before_the_steps_too_keeps_its_operands_there():
+    torch.manual_seed(0)
+    model, given = Injected(width=WIDTH), (torch.randn(ROWS, WIDTH), torch.randn(ROWS, WIDTH))
+
+    def sample(x, condition):
+        condition = model.run(model.layers[0], x, condition.new_tensor(1.0), condition)
+        return euler(lambda x, sigma, c: model(x, c.new_tensor(sigma), c), LEVELS)(x, condition)
+
+    traced = Traced(sample, *given)
+    for memory, products in ((None, 1), (0, 4)):
+        record, step, layer, module = shared(traced, memory)
+        assert record.count == 4 and products_of(layer) == products
+        with torch.no_grad():
+            assert relative(module(*traced.arguments(*given))[0], traced(*given)) <= 1e-6
