@@ -39,6 +39,7 @@ from li_compile.passes.prune_cache import prune_cache
 from li_compile.passes.prune_context import prune_context
 from li_compile.passes.real_arithmetic import real_arithmetic
 from li_compile.passes.record import Record, Refused
+from li_compile.passes.regions import drop_unused
 from li_compile.passes.repeated_blocks import repeated_blocks
 from li_compile.passes.respell import respell
 from li_compile.passes.share_steps import share_steps
@@ -48,7 +49,7 @@ from li_compile.passes.split_cone import split_cone
 from li_compile.patterns import registry
 from li_compile.patterns.context_check import check_context
 from li_compile.patterns.find_spellings import Found, find_spellings, fired, never_fired
-from li_compile.patterns.graph import hint, placeholders, value
+from li_compile.patterns.graph import hint, placeholders, subgraphs, value
 from li_compile.patterns.matching import input_shapes, match_attention, match_context, match_loop
 from li_compile.patterns.recognise import FRAME, family_of_graph, group_of, qualified
 from li_compile.report import GraphReport, VariantReport
@@ -128,6 +129,8 @@ def canonical(module: GraphModule, inputs: Sequence[Any], config: Config | None 
     normalize(module)
     split_cone(module)
     forward_stores(module)
+    for region, sub in subgraphs(module).items():  # Dynamo of 2.11 hands a region sizes that it does not read, and a like one none
+        drop_unused(module, sub, region)
     tidy(module)
     propagate(module, inputs, _compat.fake_mode_of(inputs))
     return module
