@@ -2,7 +2,7 @@
 
     python benchmarks/export.py world                                          # Doom World's whole chunk, with its trained weights
     python benchmarks/export.py worldplay --tree UPSTREAM_TREE --size full     # two blocks of HY-WorldPlay at their real width
-    python benchmarks/export.py world --ways "*tensorrt*" --folder /tmp/made --stage build
+    python benchmarks/export.py world --ways "*tensorrt*" --folder out/made --stage build
 
 A way is a preset and what runs it, such as "all, tensorrt, gates=device"; ``--ways`` takes these names, with wildcards. What cannot be had here is a
 row that says why. Artifacts that stand in the folder already are not built again, so that several processes may each build some (``--stage build``),
@@ -30,10 +30,14 @@ import torch
 import typer
 from torch.utils import _pytree as pytree
 
-import li_compile
-from li_compile.exporting import family_inputs
-
 ROOT = pathlib.Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from doom_world.timing import moment, seconds  # noqa: E402
+
+import li_compile  # noqa: E402
+from li_compile.exporting import family_inputs  # noqa: E402
+
 PEERS = ("eager", "Inductor")
 #: Preset, empty for the case's own -> what is exported: target, and what is not the default about it.
 ARTIFACTS = {
@@ -57,7 +61,7 @@ class Case:
 
 def world(device: torch.device, size: str, **_: Any) -> Case:
     """Doom World after 20 frames of context, in a new view and where it was before, so that steps are reused."""
-    sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
+    sys.path.insert(0, str(ROOT / "tests"))
     from doom_world.model import ChunkSampler, WorldConfig, WorldModel
     from doom_world.rollout import FOV
     from doom_world.weights import load_world
@@ -197,15 +201,15 @@ class Bench:
                 inside.clear()
             taken = [self.timed(lambda: run(*args, **kwargs)) for _ in range(self.iterations)]
             wait(self.device)
-            found[name] = {"ms": statistics.median(read(t) for t in taken), "first s": first, "error": distance(out, self.want("eager")[name]),
+            found[name] = {"ms": 1e3 * statistics.median(seconds(*t) for t in taken), "first s": first, "error": distance(out, self.want("eager")[name]),
                            "rounding": distance(out, self.want(graph)[name])}
             if inside:
-                found[name]["program ms"] = statistics.median(read(t) for t in inside)
+                found[name]["program ms"] = 1e3 * statistics.median(seconds(*t) for t in inside)
         return found
 
     def timed(self, call: Callable[[], Any]) -> tuple:
         wait(self.device)
-        marks = clock(self.device), call(), clock(self.device)
+        marks = moment(self.device), call(), moment(self.device)
         wait(self.device)
         return marks[0], marks[2]
 
@@ -237,9 +241,9 @@ class Bench:
         within = runner.run
 
         def run(entry, named):
-            first = clock(self.device)
+            first = moment(self.device)
             out = within(entry, named)
-            inside.append((first, clock(self.device)))
+            inside.append((first, moment(self.device)))
             return out
 
         runner.run = run
@@ -268,20 +272,6 @@ def distance(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def clock(device: torch.device) -> Any:
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def read(marks: tuple) -> float:
-    """Milliseconds between two of :func:`clock`."""
-    first, last = marks
-    return 1e3 * (last - first) if isinstance(first, float) else first.elapsed_time(last)
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:

@@ -52,9 +52,9 @@ def main(upstream: str, size: str = "real", device: str = "cuda", clips: int = 8
             torch._dynamo.reset()
             torch._dynamo.utils.counters.clear()
             model = code.make(size, layers or None)
+            compiles = isinstance(WAYS[name], dict) or WAYS[name] == "inductor"
             with way(code, model, WAYS[name], size, lowering) as (pipeline, latents, detach):
                 for kind in kinds.split(","):
-                    compiles = isinstance(WAYS[name], dict) or WAYS[name] == "inductor"
                     first, _ = rollout(code, pipeline, latents, kind, clips if compiles else 2, size)
                     if device == "cuda":
                         torch.cuda.reset_peak_memory_stats()

@@ -272,14 +272,14 @@ def prepare(facts: Facts, config: Config, inputs: Sequence[Any], mode, kept: int
     return base
 
 
-def invariant_memory(share: float, inputs: Sequence[Any]) -> int | None:
-    """Bytes that are this share of the memory of the inputs' device; None where it is not at hand, as of a GPU of another machine."""
+def invariant_memory(share: float, inputs: Sequence[Any]) -> float:
+    """Bytes that are this share of the memory of the inputs' device; infinite where it is not at hand, as of a GPU of another machine."""
     kind = next((x.device.type for x in inputs if isinstance(x, torch.Tensor)), None)
     if kind == "cuda" and torch.cuda.is_available():
         return int(share * torch.cuda.get_device_properties("cuda").total_memory)
     if kind == "cpu" and hasattr(os, "sysconf"):
         return int(share * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return None
+    return math.inf
 
 
 def static_inputs(facts: Facts, fakes: Sequence[Any], kept: int | None):

@@ -95,7 +95,7 @@ def merge_equal(graph: Graph, call_of: Mapping[Node, object] = MappingProxyType(
     changing, around, count = written(graph), mode_texts(graph), 0
     for node in list(graph.nodes):
         numbers[node] = len(numbers)
-        if not _stays(node, changing):
+        if not stays(node, changing):
             continue
         text = repr(map_arg((node.args, node.kwargs), lambda n: f"%{numbers[n]}"))
         # The identity of what is called: two functions may share a name.
@@ -108,7 +108,7 @@ def merge_equal(graph: Graph, call_of: Mapping[Node, object] = MappingProxyType(
     return count
 
 
-def _stays(node: Node, changing: set[Node]) -> bool:
+def stays(node: Node, changing: set[Node]) -> bool:
     """Whether a node's value depends on its operands only, and nobody writes into it or into them."""
     return is_pure(node) and target(node) not in changing and not any(target(x) in changing for x in node.all_input_nodes)
 
@@ -125,11 +125,11 @@ def hoist(module: GraphModule, region: str, first: Node | None = None, late: Set
     return _move(module, region, found, few, late, first=first) if len(found) > 1 else []
 
 
-def lift(step: GraphModule, region: str, late: Set[Node], memory: int | None) -> list[Moved]:
+def lift(step: GraphModule, region: str, late: Set[Node], memory: float) -> list[Moved]:
     """Move out of a step's region, of a layer say, what depends on nothing that changes from step to step: one value a call, which
     ``hoist`` can then take out of the step.
 
-    late: the step's nodes that do change. memory: bytes that the values may take, None: any number; those go first that save most
+    late: the step's nodes that do change. memory: bytes that the values may take; those go first that save most
     operations a byte.
     """
     found, around = region_calls(step, region), mode_texts(step.graph)
@@ -139,19 +139,20 @@ def lift(step: GraphModule, region: str, late: Set[Node], memory: int | None) ->
 
 
 def _move(module: GraphModule, region: str, found: list[Node], few_enough: Callable[[int], bool], late: Set[Node],
-          first: Node | None = None, memory: int | None = None) -> list[Moved]:
+          first: Node | None = None, memory: float = math.inf) -> list[Moved]:
     sub = getattr(module, region)
     operands = {p: 2 + i for i, p in enumerate(placeholders(sub.graph))}
     changing, inner, outer = written(sub.graph) | _changing_operands(module, found, operands), modes(sub.graph), mode_texts(module.graph)
     reads = {p: frozenset((p,)) for p, i in operands.items() if not any(isinstance(c.args[i], Node) and c.args[i] in late for c in found)}
     for node in sub.graph.nodes:
-        if _stays(node, changing) and not inner[node] and all(x in reads for x in node.all_input_nodes):
+        if stays(node, changing) and not inner[node] and all(x in reads for x in node.all_input_nodes):
             reads[node] = frozenset().union(*(reads[x] for x in node.all_input_nodes))
     key = lambda node, call: (outer[call], *(call.args[i] for p, i in operands.items() if p in reads[node]))
     variety = {n: len({key(n, c) for c in found}) for n in reads}
     few = {n for n in reads if n not in operands and isinstance(value(n), torch.Tensor) and few_enough(variety[n])}
     order = {n: i for i, n in enumerate(module.graph.nodes)}
     moved: dict[Node, Moved] = {}
+    operations: dict[Node, int] = {}
     for node in [n for n in sub.graph.nodes if n in few and any(u not in few for u in n.users)]:
         while node in few and name_of(node) in MOVES and node.all_input_nodes:
             node = node.all_input_nodes[0]  # a view, cast or repetition is made again inside, of what is stored
@@ -163,9 +164,8 @@ def _move(module: GraphModule, region: str, found: list[Node], few_enough: Calla
         size = math.prod(hint(s) for s in value(node).shape) * value(node).element_size()
         if size * variety[node] <= SMALL or flops >= INTENSITY * size:
             saved = len(found) - variety[node]
-            moved[node] = Moved(node.name, saved, flops * saved, size * variety[node])
-    if memory is not None:
-        moved = _within(moved, memory, {n: sum(cost_of(c)[0] for c in _chain(n, few)) for n in moved})
+            moved[node], operations[node] = Moved(node.name, saved, flops * saved, size * variety[node]), flops
+    moved = _within(moved, memory, operations)
     keys = {node: [key(node, c) for c in found] for node in moved}
     for node in moved:
         shared: dict[tuple, Node] = {}
@@ -183,10 +183,10 @@ def _move(module: GraphModule, region: str, found: list[Node], few_enough: Calla
     return list(moved.values())
 
 
-def _within(moved: dict[Node, Moved], memory: int, flops: Mapping[Node, int]) -> dict[Node, Moved]:
+def _within(moved: dict[Node, Moved], memory: float, operations: Mapping[Node, int]) -> dict[Node, Moved]:
     """Those that save most operations a byte, as many as fit."""
     kept = {}
-    for node in sorted(moved, key=lambda n: -flops[n] / max(moved[n].bytes, 1)):
+    for node in sorted(moved, key=lambda n: -operations[n] / max(moved[n].bytes, 1)):
         if moved[node].bytes <= memory:
             memory -= moved[node].bytes
             kept[node] = moved[node]

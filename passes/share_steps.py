@@ -17,16 +17,17 @@ variants of the graph share them (li_compile/regions.py).
 from __future__ import annotations
 
 import copy
+import math
 
 from torch.fx import GraphModule, Node
 
 from li_compile.patterns import DenoisingLoop, Miss
-from li_compile.patterns.effects import ALIASES, RANDOM, WRITES, effect, is_pure, outside_writes, switches_mode, target, written
+from li_compile.patterns.effects import ALIASES, RANDOM, WRITES, effect, modes, outside_writes, switches_mode, target, written
 from li_compile.patterns.graph import REGION, SDPA, all_graphs, ancestors, calls, descendants, name_of, placeholders, region_calls, source_line, subgraphs
 from li_compile.patterns.loop_body import Body
 from li_compile.patterns.loop_calls import weight_of
 
-from .invariants import Moved, hoist, lift, merge_equal
+from .invariants import Moved, hoist, lift, merge_equal, stays
 from .outline import outline
 from .record import Record, Refused
 from .regions import retarget
@@ -35,12 +36,12 @@ PREFIX = "li_"
 BEFORE, STEP, AFTER = PREFIX + "before", PREFIX + "step", PREFIX + "after"
 
 
-def share_steps(module: GraphModule, loop: DenoisingLoop, invariant: bool = True, memory: int | None = None) -> Record:
+def share_steps(module: GraphModule, loop: DenoisingLoop, invariant: bool = True, memory: float = math.inf) -> Record:
     """Rewrite the graph in place. Counts the calls of the shared region. Raises Refused if the calls are not alike.
 
     invariant: what all steps compute alike (of a condition, say) is computed before the first. What depends on the time
     alone stays: a loop over values that are all there beforehand could not be told from one over a sequence.
-    memory: bytes that such values of single layers may take, one a layer; None: any number.
+    memory: bytes that such values of single layers may take, one a layer.
     """
     record = Record("share_steps")
     if STEP in subgraphs(module):
@@ -63,17 +64,18 @@ def share_steps(module: GraphModule, loop: DenoisingLoop, invariant: bool = True
     return record
 
 
-def _invariants(module: GraphModule, found: list[Node], branches: int, memory: int | None) -> list[Moved]:
+def _invariants(module: GraphModule, found: list[Node], branches: int, memory: float) -> list[Moved]:
     """Compute before the first step what is the same in all of them, of layers too."""
     step, late = getattr(module, STEP), descendants(found) | set(found)
     operands = list(zip(*(call.args[2:] for call in found)))
     fixed = {p for p, given in zip(placeholders(step.graph), operands) if not late & set(given) and len(set(given)) <= branches}
+    changing, around = written(step.graph), modes(step.graph)
     for node in step.graph.nodes:
-        if node.op.startswith("call") and node.target is not REGION and is_pure(node) and all(n in fixed for n in node.all_input_nodes):
+        if stays(node, changing) and not around[node] and all(n in fixed for n in node.all_input_nodes):
             fixed.add(node)
     numbered = lambda graph: {n: i for i, n in enumerate(graph.nodes)}
     before = numbered(step.graph), numbered(module.graph)
-    memory = None if memory is None else memory // branches  # each branch of guidance has values of its own
+    memory /= branches  # each branch of guidance has values of its own
     late_in_step = {n for n in step.graph.nodes if n not in fixed}
     for region, sub in subgraphs(step).items():
         elsewhere = any(other is sub and region_calls(part, name) for part in all_graphs(module) if part is not step
@@ -81,7 +83,7 @@ def _invariants(module: GraphModule, found: list[Node], branches: int, memory: i
         # Who else calls it hands it what it was handed before.
         own = _renamed(step, region, f"{region}_of_steps", copy.deepcopy(sub)) if elsewhere else region
         lifted = lift(step, own, late_in_step, memory)
-        memory = None if memory is None else memory - sum(m.bytes for m in lifted)
+        memory -= sum(m.bytes for m in lifted)
         if elsewhere and not lifted:
             _renamed(step, own, region, sub)
     merge_equal(step.graph, before[0])  # what two of them are computed from, once; what was there stays as it is written

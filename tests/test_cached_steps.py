@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from samplers import FORMS, GUIDANCE, Denoiser, Remembering, alone, euler, guided, renoise, shifted, skipping, unipc
@@ -427,7 +429,7 @@ def products_of(graph_module) -> int:
     return sum(name_of(n) == "linear" for n in graph_module.graph.nodes)
 
 
-@pytest.mark.parametrize("memory, kept, products", [(None, 6, 1), (6 * KEPT, 6, 1), (3 * KEPT, 4, 3), (0, 1, 4)])
+@pytest.mark.parametrize("memory, kept, products", [(math.inf, 6, 1), (6 * KEPT, 6, 1), (3 * KEPT, 4, 3), (0, 1, 4)])
 def test_what_a_layer_computes_alike_in_all_steps_is_computed_before_them_as_far_as_memory_allows(injected, memory, kept, products):
     """products: of a layer that are left in a step; a scale or a shift without the other needs the camera's in both places, and its embedding."""
     traced, given = injected
@@ -477,7 +479,7 @@ def test_a_region_that_is_called_before_the_steps_too_keeps_its_operands_there()
         return euler(lambda x, sigma, c: model(x, c.new_tensor(sigma), c), LEVELS)(x, condition)
 
     traced = Traced(sample, *given)
-    for memory, products in ((None, 1), (0, 4)):
+    for memory, products in ((math.inf, 1), (0, 4)):
         record, step, layer, module = shared(traced, memory)
         assert record.count == 4 and products_of(layer) == products
         with torch.no_grad():

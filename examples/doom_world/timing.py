@@ -31,7 +31,7 @@ _marks: list[Any] = []
                          schema="(Tensor[] after, Tensor x) -> Tensor")
 def mark(after: list[Tensor], x: Tensor) -> Tensor:
     """A copy of x, made once all of ``after`` exists. Notes the moment; what reads the copy comes later."""
-    _marks.append(_moment(x.device))
+    _marks.append(moment(x.device))
     return x.clone()
 
 
@@ -40,7 +40,7 @@ def _(after: list[Tensor], x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def _moment(device: torch.device) -> Any:
+def moment(device: torch.device) -> Any:
     """A point in time: seconds on the CPU, an event in the stream's order on a GPU (waiting for it would cost time)."""
     if device.type != "cuda":
         return time.perf_counter()
@@ -49,7 +49,7 @@ def _moment(device: torch.device) -> Any:
     return event
 
 
-def _seconds(start: Any, end: Any) -> float:
+def seconds(start: Any, end: Any) -> float:
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
 
@@ -107,14 +107,14 @@ class Timed:
         # A session a call, not one a video: a call that compiles is run twice, and only one of them is to be counted.
         with Session(self.config) as session:
             session.planner = self._planner
-            start = _moment(device)
+            start = moment(device)
             out = self.function(*args)
-            end = _moment(device)
+            end = moment(device)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         plans = session.stats()["per_chunk"]
-        prefill = _seconds(start, _marks[-1]) if _marks else 0.0
-        return out, _seconds(start, end), prefill, plans[-1] if plans else None
+        prefill = seconds(start, _marks[-1]) if _marks else 0.0
+        return out, seconds(start, end), prefill, plans[-1] if plans else None
 
     def _compiled(self) -> tuple[int, int]:
         report = last_report() if self.config is not None else None
