@@ -203,7 +203,7 @@ def _run_triton(choice: Choice):
     with on_device(counts.device):
         launcher(select_kernel)[(-(-blocks // launch["ROWS"]), heads, batch)](
             choice.q_means.contiguous(), choice.k_means.contiguous(), choice.q_counts, choice.k_counts, choice.valid,
-            choice.valid if forced is None else forced.view(torch.uint8), keep, scores, indices, counts, tails, bias,
+            choice.valid if forced is None else forced.to(torch.uint8), keep, scores, indices, counts, tails, bias,
             heads, blocks, choice.candidates, choice.first, total, choice.pitch, *strides, choice.scale,
             DIM=choice.q_means.shape[-1], SUB=choice.sub_blocks, WIDTH=width, AROUND=around, BLOCK=choice.block_size,
             HAS_FORCED=forced is not None, SUMMARY=choice.summary, num_stages=2, **launch,

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from li_compile import _compat
 from li_compile.passes.gated_steps import inline_regions
+from li_compile.passes.regions import hand_in_sizes
 from li_compile.passes.repeated_blocks import PREFIX
 from li_compile.passes.share_steps import shared_regions
 from li_compile.patterns.graph import REGION, region_calls, subgraphs, value
@@ -41,13 +42,15 @@ def lower_regions(module: GraphModule, inputs: Sequence[Any], lower: Lower, done
     """
     names = shared_regions(module)
     if not names:
+        hand_in_sizes(module)
         return _lower(module, inputs, lower)
     outer = copy.deepcopy(module)
+    hand_in_sizes(outer)
     for name in names:
         if name not in done:
-            region = copy.deepcopy(getattr(module, name))
+            region = getattr(outer, name)
             region.meta |= module.meta
-            done[name] = _lower(region, [value(x) for x in region_calls(module, name)[0].args[2:]], lower)
+            done[name] = _lower(region, [value(x) for x in region_calls(outer, name)[0].args[2:]], lower)
         delattr(outer, name)
         outer.add_submodule(name, CompiledRegion(name, done[name]))
     for node in list(outer.graph.nodes):

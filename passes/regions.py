@@ -6,11 +6,13 @@ n-th operand of every call.
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
+from li_compile.patterns._compat import bare_symbols, first_symbol, free_symbols
 from li_compile.patterns.effects import effect, switches_mode
-from li_compile.patterns.graph import SHAPE_ONLY, name_of, placeholders, region_calls
+from li_compile.patterns.graph import SHAPE_ONLY, all_graphs, name_of, placeholders, region_calls, subgraphs, value
 
 # Operators that move and repeat values and compute nothing.
 MOVES = SHAPE_ONLY | {"repeat", "repeat_interleave"}
@@ -53,6 +55,28 @@ def hand_in(sub: GraphModule, calls: list[Node], values: list[list[Node]], name:
     for call, given in zip(calls, values):
         call.args = (*call.args, *given)
     return inside
+
+
+def hand_in_sizes(module: GraphModule) -> None:
+    """Hand every region the sizes of which its operands' shapes are made, where none of them is such a size itself: Dynamo does so, passes
+    do not, and Inductor 2.11 cannot get s from a shape 16 * s."""
+    graphs = all_graphs(module)
+    for sub in graphs[1:]:
+        calls = [(part, call) for part in graphs for name, other in subgraphs(part).items() if other is sub for call in region_calls(part, name)]
+        sizes = [_sizes(part.graph, call) for part, call in calls]
+        if sizes and sizes[0] and len({len(s) for s in sizes}) == 1:
+            hand_in(sub, [call for _, call in calls], sizes, "size")
+    for part in reversed(graphs):
+        part.recompile()
+
+
+def _sizes(graph: Graph, call: Node) -> list[Node]:
+    """The graph's inputs that hold the sizes missing among a call's operands, in the order of their first use."""
+    operands = [value(x) for x in call.args[2:]]
+    known = set().union(*map(bare_symbols, operands))
+    missing = dict.fromkeys(s for x in operands for s in sorted(free_symbols(x), key=str) if s not in known)
+    inputs = {first_symbol(value(p)): p for p in placeholders(graph) if isinstance(value(p), torch.SymInt)}
+    return [inputs[s] for s in missing if s in inputs]
 
 
 def retarget(module: GraphModule, call: Node, region: str) -> None:

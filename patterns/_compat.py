@@ -27,6 +27,18 @@ def free_symbols(x) -> set:
     return set().union(*(n.node.expr.free_symbols for n in numbers if isinstance(n, torch.SymInt)))
 
 
+def bare_symbols(x) -> set:
+    """The size symbols that are themselves a size or stride of a tensor, or a symbolic number (2.11 to 2.14: ``SymInt.node``)."""
+    numbers = (*x.shape, *x.stride()) if isinstance(x, torch.Tensor) else (x,)
+    return {n.node.expr for n in numbers if isinstance(n, torch.SymInt) and n.node.expr.is_Symbol}
+
+
+def first_symbol(size: torch.SymInt):
+    """The symbol that a size got when it was met, of which compilers write code; ``SymInt.node.expr`` is what it was found to be equal to
+    since (2.11 to 2.14: ``SymInt.node._expr``)."""
+    return size.node._expr
+
+
 def is_packet(target) -> bool:
     """Whether a call's target is an operator without its overload (2.11 to 2.14: ``torch._ops.OpOverloadPacket``)."""
     return isinstance(target, torch._ops.OpOverloadPacket)

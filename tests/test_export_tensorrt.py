@@ -174,6 +174,31 @@ def test_what_an_engine_neither_takes_nor_gives_is_left_out_and_the_rest_respell
     assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[2])
 
 
+@pytest.mark.parametrize("dtype, weighted, eps", [(torch.float16, True, None), (torch.float32, False, 1e-3), (torch.float64, True, 1e-6)])
+def test_rms_norm_in_a_branch_is_written_out(dtype, weighted, eps):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.RMSNorm((3, 5), eps=eps, elementwise_affine=weighted, dtype=dtype)
+
+        def forward(self, gate, x):
+            return torch.cond(gate, lambda x: self.norm(x) * 2, lambda x: x.sin(), (x,)), self.norm(x)
+
+    model, x = Gated(), torch.randn(2, 3, 5).to(dtype)
+    if weighted:
+        nn.init.normal_(model.norm.weight)
+    with torch.no_grad():
+        exported = torch.export.export(model, (torch.tensor(True), x))
+        tensorrt._respell(exported.graph_module)
+        branches = [m for m in exported.graph_module.modules() if isinstance(m, torch.fx.GraphModule) and m is not exported.graph_module]
+        norms = lambda m: [n for n in m.graph.nodes if n.target is torch.ops.aten.rms_norm.default]
+        assert not any(map(norms, branches)) and len(norms(exported.graph_module)) == 1
+        for gate in (True, False):
+            got, wanted = exported.module()(torch.tensor(gate), x), model(torch.tensor(gate), x)
+            for a, b in zip(got, wanted):
+                assert a.dtype == b.dtype and (a - b).norm() / b.norm() < (1e-3 if dtype == torch.float16 else 1e-6)
+
+
 def test_a_program_of_tensors_alone_stays_the_one_it_is():
     exported = torch.export.export(nn.Linear(3, 4), (torch.randn(2, 3),))
     program, dropped, constants = tensorrt._tensors_alone(exported)

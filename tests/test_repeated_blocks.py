@@ -7,9 +7,10 @@ from torch import nn
 from tracing import Traced, relative, seeded, world_inputs
 
 from li_compile.passes.propagate import propagate, tidy
+from li_compile.passes.regions import drop_unused, hand_in_sizes
 from li_compile.passes.repeated_blocks import repeated_blocks
 from li_compile.patterns._compat import fake_mode_of
-from li_compile.patterns.graph import REGION, name_of, subgraphs
+from li_compile.patterns.graph import REGION, name_of, region_calls, subgraphs, value
 from li_compile.pipeline import canonical
 from li_compile.regions import lower_regions
 
@@ -184,3 +185,36 @@ def test_where_inductor_refuses_regions_blocks_are_compiled_one_by_one():
     with pytest.warns(UserWarning, match="consistent values.*compiled one by one"), torch.no_grad():
         run = lower_regions(module, traced.fakes, lower, {})
         assert relative(run(*traced.arguments(*inputs))[0], traced(*inputs)) <= 1e-6
+
+
+def test_regions_are_handed_the_sizes_in_their_operands_shapes():
+    """Inductor 2.11 cannot get s from the size 4 * s of an operand; passes drop the s that Dynamo hands in beside it, as nothing reads it."""
+    inner = torch.compiler.nested_compile_region(lambda x, keys: x + keys.sum(1, keepdim=True))
+    outer = torch.compiler.nested_compile_region(lambda x, keys: inner(inner(x, keys), keys) * 2)
+
+    def model(x, context):
+        keys = torch.cat([context] * 4, 1)
+        return outer(x, keys) + outer(x + 1, keys)
+
+    x, context = torch.randn(2, 1, 3), torch.randn(2, 5, 3)
+    torch._dynamo.mark_dynamic(context, 1)
+    seen = []
+
+    def backend(gm, inputs):
+        module = canonical(gm, [value(p) for p in gm.graph.find_nodes(op="placeholder")])
+        for part in (module, *subgraphs(module).values()):
+            for name, sub in subgraphs(part).items():
+                drop_unused(part, sub, name)
+        hand_in_sizes(module)
+        for part in (module, *subgraphs(module).values()):
+            for name in subgraphs(part):
+                for call in region_calls(part, name):
+                    seen.append([v for v in map(value, call.args[2:]) if isinstance(v, torch.SymInt)])
+        before = len(module.graph.nodes), [len(c.args) for c in module.graph.nodes if c.target is REGION]
+        hand_in_sizes(module)  # nothing is missing now
+        assert before == (len(module.graph.nodes), [len(c.args) for c in module.graph.nodes if c.target is REGION])
+        return module
+
+    got = torch.compile(model, backend=backend, fullgraph=True)(x, context)
+    assert torch.allclose(got, model(x, context), atol=1e-5)
+    assert len(seen) == 4 and all(len(sizes) == 1 for sizes in seen)

@@ -101,13 +101,16 @@ def _tensors_alone(exported: torch.export.ExportedProgram) -> tuple[torch.export
 def _respell(module: GraphModule) -> None:
     """In place, what Torch-TensorRT 2.11 cannot take as it is. Views become reshapes: they were traced with the memory layout that PyTorch's
     attention gives its result, and are traced again with attention written out, whose result lies differently. Writes into a part of a tensor
-    become concatenations: of its own, by scattering, the rank is not known."""
+    become concatenations: of its own, by scattering, the rank is not known. RMSNorm in a condition's branch is written out: there it stays
+    CUDA's own operator, which has no converter."""
     aten = torch.ops.aten
     for owner in (m for m in module.modules() if isinstance(m, GraphModule)):
         graph = owner.graph
         for node in list(graph.nodes):
             if node.target is aten.view.default:
                 node.target = aten.reshape.default
+            elif node.target is aten.rms_norm.default and owner is not module:
+                _written_out(graph, node)
             elif node.target in (aten.slice_scatter.default, aten.select_scatter.default):
                 arguments = dict(zip((a.name for a in node.target._schema.arguments), node.args)) | node.kwargs
                 x, part, dim = arguments["input" if "input" in arguments else "self"], arguments["src"], arguments.get("dim", 0)
@@ -128,6 +131,27 @@ def _respell(module: GraphModule) -> None:
                 node.replace_all_uses_with(made)
                 graph.erase_node(node)
         owner.recompile()
+
+
+def _written_out(graph: torch.fx.Graph, norm: Node) -> None:
+    """RMSNorm in other operators, in fp32 for half precision, as PyTorch computes it."""
+    aten = torch.ops.aten
+    given = dict(zip((a.name for a in norm.target._schema.arguments), norm.args)) | norm.kwargs
+    x, weight, dtype = given["input"], given.get("weight"), value(norm).dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    eps = given.get("eps")
+    with graph.inserting_before(norm):
+        cast = lambda n, to: graph.call_function(aten._to_copy.default, (n,), {"dtype": to})
+        x = cast(x, wide)
+        mean = graph.call_function(aten.mean.dim, (graph.call_function(aten.mul.Tensor, (x, x)), [-1 - i for i in range(len(given["normalized_shape"]))], True))
+        scale = graph.call_function(aten.rsqrt.default, (graph.call_function(aten.add.Tensor, (mean, torch.finfo(wide).eps if eps is None else eps)),))
+        made = graph.call_function(aten.mul.Tensor, (x, scale))
+        if weight is not None:
+            made = graph.call_function(aten.mul.Tensor, (made, cast(weight, wide)))
+        made = cast(made, dtype)
+    made.meta = dict(norm.meta)
+    norm.replace_all_uses_with(made)
+    graph.erase_node(norm)
 
 
 def _imported():
