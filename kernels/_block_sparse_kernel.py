@@ -97,7 +97,7 @@ def _attend(
     DIM: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
     TWO: tl.constexpr, TAILED: tl.constexpr, SUMMARY: tl.constexpr, MAPPED: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
-    scale = scale.to(tl.float32)  # ahead of time, Inductor hands in fp64
+    scale = tl.full([], scale, tl.float32)  # ahead of time, Inductor hands in fp64
     PARTS: tl.constexpr = BLOCK // KEYS
     TILES: tl.constexpr = BLOCK // ROWS
     precision: tl.constexpr = "ieee" if EXACT else "tf32"  # only fp32 looks at it

@@ -60,7 +60,7 @@ def pack_kernel(
     Heads run fastest: in a model's [B, L, H, D] memory they lie side by side, so that programs which run together read
     whole pages.
     """
-    eps = eps.to(tl.float32)  # ahead of time, Inductor hands in fp64
+    eps = tl.full([], eps, tl.float32)  # ahead of time, Inductor hands in fp64
     part = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     slots = part * ROWS + tl.arange(0, ROWS)

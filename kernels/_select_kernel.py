@@ -41,7 +41,7 @@ def select_kernel(
     AROUND: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr, HAS_FORCED: tl.constexpr, SUMMARY: tl.constexpr,
 ):  # fmt: skip
     """Scores, exact top-k and lists for ROWS query blocks of one head. Grid: (query blocks / ROWS, heads, batch)."""
-    scale = scale.to(tl.float32)  # ahead of time, Inductor hands in fp64
+    scale = tl.full([], scale, tl.float32)  # ahead of time, Inductor hands in fp64
     group = tl.program_id(0)
     head = tl.program_id(1)
     line0 = (tl.program_id(2) * heads + head).to(tl.int64) * query_blocks

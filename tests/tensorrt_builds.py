@@ -68,6 +68,7 @@ def main(folder: pathlib.Path) -> dict:
     made = {
         "chunk": build(folder / "chunk", chunk, dynamic(world_inputs(chunk.model, 12)), pruned),
         "gated": build(folder / "gated", Sampler(), inputs(), cache, gates="device", strict=True),
+        "gated chunk": build(folder / "gated_chunk", chunk, dynamic(world_inputs(chunk.model, 12)), pruned | {"sparse.enabled": False}, gates="device"),
         "native": build(folder / "native", Tokens(), [torch.ones(1, 16, 8, 2, 4)], SPARSE, strict=True),
         "hybrid": build(folder / "hybrid", Tokens(), [torch.ones(1, 16, 8, 2, 4)], SPARSE, sparse="segment"),
     }

@@ -62,6 +62,15 @@ def test_a_gate_is_a_condition_in_the_engine(built):
 
 
 @needs_it
+def test_a_step_with_attention_and_norms_is_a_branch(built):
+    chunk = built[0]["gated chunk"]
+    (network,), (variant,) = chunk["networks"], chunk["variants"]
+    assert variant["name"] == "keep4_gated" and len(variant["parts"]["segments"]) == 1 and not variant["parts"]["left_to_pytorch"]
+    assert network["layers"]["CONDITION"] == 1
+    assert network["layers"]["SOFTMAX"] in (1, 3)  # one step of three is a branch; outside of it attention may be one layer
+
+
+@needs_it
 def test_block_sparse_attention_written_out(built):
     native = built[0]["native"]
     (network,), (variant,) = native["networks"], native["variants"]
@@ -83,7 +92,7 @@ def test_a_pytorch_segment_between_engines(built):
 @needs_it
 def test_strict_wants_all_of_it_in_engines(built):
     assert built[0]["strict"].startswith("ExportError: li::sparse_attention cannot be part of an engine")
-    assert built[0]["left behind"] == ["chunk", "gated", "hybrid", "native"]
+    assert built[0]["left behind"] == ["chunk", "gated", "gated_chunk", "hybrid", "native"]
 
 
 @needs_it
@@ -197,6 +206,26 @@ def test_rms_norm_in_a_branch_is_written_out(dtype, weighted, eps):
             got, wanted = exported.module()(torch.tensor(gate), x), model(torch.tensor(gate), x)
             for a, b in zip(got, wanted):
                 assert a.dtype == b.dtype and (a - b).norm() / b.norm() < (1e-3 if dtype == torch.float16 else 1e-6)
+
+
+@pytest.mark.parametrize("masked", [None, "bool", "added"])
+def test_attention_in_a_branch_is_written_out(masked):
+    q, k, v = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 8)
+    mask = {None: None, "bool": torch.rand(5, 7) > 0.3, "added": torch.randn(5, 7)}[masked]
+    inputs = (q, k, v) if mask is None else (q, k, v, mask)
+    attend = lambda *given: nn.functional.scaled_dot_product_attention(*given, scale=0.3)
+
+    class Gated(nn.Module):
+        def forward(self, gate, *inputs):
+            return torch.cond(gate, attend, lambda q, *_: q.sin(), inputs)
+
+    with torch.no_grad():
+        exported = torch.export.export(Gated(), (torch.tensor(True), *inputs))
+        tensorrt._respell(exported.graph_module)
+        names = [str(n.target) for m in exported.graph_module.modules() if isinstance(m, torch.fx.GraphModule) for n in m.graph.nodes]
+        assert "aten.scaled_dot_product_attention.default" not in names and names.count("aten.softmax.int") == 1
+        got, wanted = exported.module()(torch.tensor(True), *inputs), attend(*inputs)
+    assert (got - wanted).norm() / wanted.norm() < 1e-6
 
 
 def test_a_program_of_tensors_alone_stays_the_one_it_is():

@@ -101,25 +101,25 @@ def _tensors_alone(exported: torch.export.ExportedProgram) -> tuple[torch.export
 def _respell(module: GraphModule) -> None:
     """In place, what Torch-TensorRT 2.11 cannot take as it is. Views become reshapes: they were traced with the memory layout that PyTorch's
     attention gives its result, and are traced again with attention written out, whose result lies differently. Writes into a part of a tensor
-    become concatenations: of its own, by scattering, the rank is not known. RMSNorm in a condition's branch is written out: there it stays
-    CUDA's own operator, which has no converter."""
+    become concatenations: of its own, by scattering, the rank is not known. What TensorRT's passes do for a graph and not for a
+    condition's branches is done here for these: RMSNorm would stay CUDA's own operator, and of attention as one layer (2.14) no engine is built."""
     aten = torch.ops.aten
     for owner in (m for m in module.modules() if isinstance(m, GraphModule)):
         graph = owner.graph
         for node in list(graph.nodes):
             if node.target is aten.view.default:
                 node.target = aten.reshape.default
-            elif node.target is aten.rms_norm.default and owner is not module:
-                _written_out(graph, node)
+            elif owner is not module and node.target in WRITTEN_OUT:
+                WRITTEN_OUT[node.target](graph, node)
             elif node.target in (aten.slice_scatter.default, aten.select_scatter.default):
-                arguments = dict(zip((a.name for a in node.target._schema.arguments), node.args)) | node.kwargs
-                x, part, dim = arguments["input" if "input" in arguments else "self"], arguments["src"], arguments.get("dim", 0)
+                arguments = _arguments(node)
+                x, part, dim = arguments["input" if "input" in arguments else "self"], arguments["src"], arguments["dim"]
                 size = value(x).shape[dim]
                 if node.target is aten.select_scatter.default:
                     start, step = arguments["index"] % size, 1
                     end = start + 1
                 else:
-                    start, end, step = slice(arguments.get("start"), arguments.get("end"), arguments.get("step", 1)).indices(size)
+                    start, end, step = slice(arguments["start"], arguments["end"], arguments["step"]).indices(size)
                 if step != 1:
                     continue
                 with graph.inserting_before(node):
@@ -127,31 +127,55 @@ def _respell(module: GraphModule) -> None:
                         part = graph.call_function(aten.unsqueeze.default, (part, dim))
                     around = [graph.call_function(aten.slice.Tensor, (x, dim, *ends)) if ends[0] < ends[1] else None for ends in ((0, start), (end, size))]
                     made = graph.call_function(aten.cat.default, ([n for n in (around[0], part, around[1]) if n is not None], dim))
-                made.meta = dict(node.meta)
-                node.replace_all_uses_with(made)
-                graph.erase_node(node)
+                _replace(node, made)
         owner.recompile()
 
 
-def _written_out(graph: torch.fx.Graph, norm: Node) -> None:
+def _arguments(node: Node) -> dict[str, Any]:
+    schema = node.target._schema.arguments
+    return {a.name: a.default_value for a in schema} | dict(zip((a.name for a in schema), node.args)) | node.kwargs
+
+
+def _norm_written_out(graph: torch.fx.Graph, node: Node) -> None:
     """RMSNorm in other operators, in fp32 for half precision, as PyTorch computes it."""
-    aten = torch.ops.aten
-    given = dict(zip((a.name for a in norm.target._schema.arguments), norm.args)) | norm.kwargs
-    x, weight, dtype = given["input"], given.get("weight"), value(norm).dtype
+    aten, given, dtype = torch.ops.aten, _arguments(node), value(node).dtype
     wide = torch.promote_types(dtype, torch.float32)
-    eps = given.get("eps")
-    with graph.inserting_before(norm):
-        cast = lambda n, to: graph.call_function(aten._to_copy.default, (n,), {"dtype": to})
-        x = cast(x, wide)
-        mean = graph.call_function(aten.mean.dim, (graph.call_function(aten.mul.Tensor, (x, x)), [-1 - i for i in range(len(given["normalized_shape"]))], True))
-        scale = graph.call_function(aten.rsqrt.default, (graph.call_function(aten.add.Tensor, (mean, torch.finfo(wide).eps if eps is None else eps)),))
-        made = graph.call_function(aten.mul.Tensor, (x, scale))
-        if weight is not None:
-            made = graph.call_function(aten.mul.Tensor, (made, cast(weight, wide)))
-        made = cast(made, dtype)
-    made.meta = dict(norm.meta)
-    norm.replace_all_uses_with(made)
-    graph.erase_node(norm)
+    eps = torch.finfo(wide).eps if given["eps"] is None else given["eps"]
+    with graph.inserting_before(node):
+        call = lambda target, *args, **kwargs: graph.call_function(target, args, kwargs)
+        x = call(aten._to_copy.default, given["input"], dtype=wide)
+        mean = call(aten.mean.dim, call(aten.mul.Tensor, x, x), [-1 - i for i in range(len(given["normalized_shape"]))], True)
+        made = call(aten.mul.Tensor, x, call(aten.rsqrt.default, call(aten.add.Tensor, mean, eps)))
+        if given["weight"] is not None:
+            made = call(aten.mul.Tensor, made, call(aten._to_copy.default, given["weight"], dtype=wide))
+        _replace(node, call(aten._to_copy.default, made, dtype=dtype))
+
+
+def _attention_written_out(graph: torch.fx.Graph, node: Node) -> None:
+    """Attention in products and a softmax. Queries that may read no key get the mean of all, where PyTorch gives 0."""
+    aten, given = torch.ops.aten, _arguments(node)
+    if given["is_causal"] or given["enable_gqa"] or given["dropout_p"]:
+        return
+    query, mask = value(given["query"]), given["attn_mask"]
+    scale = query.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
+    with graph.inserting_before(node):
+        call = lambda target, *args, **kwargs: graph.call_function(target, args, kwargs)
+        scores = call(aten.matmul.default, call(aten.mul.Tensor, given["query"], scale), call(aten.transpose.int, given["key"], -2, -1))
+        if mask is not None:
+            if value(mask).dtype == torch.bool:
+                hidden = call(aten._to_copy.default, call(aten.logical_not.default, mask), dtype=query.dtype)
+                mask = call(aten.mul.Tensor, hidden, torch.finfo(query.dtype).min / 2)
+            scores = call(aten.add.Tensor, scores, mask)
+        _replace(node, call(aten.matmul.default, call(aten.softmax.int, scores, -1), given["value"]))
+
+
+def _replace(node: Node, made: Node) -> None:
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
+
+
+WRITTEN_OUT = {torch.ops.aten.rms_norm.default: _norm_written_out, torch.ops.aten.scaled_dot_product_attention.default: _attention_written_out}
 
 
 def _imported():
