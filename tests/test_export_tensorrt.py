@@ -228,6 +228,28 @@ def test_attention_in_a_branch_is_written_out(masked):
     assert (got - wanted).norm() / wanted.norm() < 1e-6
 
 
+def test_what_a_branch_computes_from_nothing_is_computed_before_its_condition():
+    def turned(x, y):
+        rates = 100.0 ** (-torch.arange(6) / 4)
+        low, high = rates.split(3)
+        return x * rates + torch.rand_like(x) * 0 + low.sum() + high[None].new_zeros(1), y + torch.arange(6)
+
+    class Gated(nn.Module):
+        def forward(self, gate, x, y):
+            return torch.cond(gate, turned, lambda x, y: (x + torch.ones(6), y * 2), (x, y))
+
+    x, y = torch.randn(2, 6), torch.arange(6)
+    with torch.no_grad():
+        exported = torch.export.export(Gated(), (torch.tensor(True), x, y))
+        tensorrt._respell(exported.graph_module)
+        names = [[str(n.target) for n in getattr(exported.graph_module, b).graph.nodes] for b in ("true_graph_0", "false_graph_0")]
+        assert not any(n.startswith(("aten.arange", "aten.pow", "aten.ones", "aten.split")) for branch in names for n in branch)
+        assert "aten.rand_like.default" in names[0]
+        for gate, wanted in ((True, turned(x, y)), (False, (x + 1, y * 2))):
+            for a, b in zip(exported.module()(torch.tensor(gate), x, y), wanted):
+                assert torch.allclose(a, b)
+
+
 def test_a_program_of_tensors_alone_stays_the_one_it_is():
     exported = torch.export.export(nn.Linear(3, 4), (torch.randn(2, 3),))
     program, dropped, constants = tensorrt._tensors_alone(exported)

@@ -1,7 +1,8 @@
 """Constants of a condition's branches become its operands.
 
 Tables that an operator needs are constants of the trace. torch.export lifts those of a graph and leaves those of a branch where they are, and
-neither a saved program nor Torch-TensorRT takes them there (2.11 to 2.14).
+neither a saved program nor Torch-TensorRT takes them there (2.11 to 2.14). What is computed from nothing, such as the frequencies of RoPE, is
+folded in a graph, but not in a branch.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from li_compile.patterns.graph import placeholders
+from li_compile.patterns.graph import placeholders, value
 
 COND = torch.ops.higher_order.cond
 NAME = "branch_constant_{}"
@@ -49,6 +50,46 @@ def lift(module: GraphModule) -> None:
         for branch in branches:
             branch.recompile()
     module.recompile()
+
+
+def hoist(module: GraphModule) -> None:
+    """Compute before a condition, in place, what its branches compute from no input: there Torch-TensorRT folds it. In a branch it
+    would compute it anew, and otherwise: it divides an integer tensor by a number as integers (2.11)."""
+    for node in module.graph.find_nodes(op="call_function", target=COND):
+        predicate, *names, operands = node.args
+        branches = [getattr(module, n.target) for n in names]
+        for branch in branches:
+            fixed, made = _fixed(branch), {}
+            with module.graph.inserting_before(node):
+                for x in fixed:
+                    made[x] = module.graph.node_copy(x, made.__getitem__)
+            for x in [x for x in fixed if any(u not in made for u in x.users)]:
+                operands = (*operands, made[x])
+                inside = {b: _input(b, f"hoisted_{len(operands)}") for b in branches}
+                for given in inside.values():
+                    given.meta = dict(x.meta)
+                x.replace_all_uses_with(inside[branch], delete_user_cb=lambda u: u not in made)
+            for x in reversed(fixed):
+                branch.graph.erase_node(x)
+        node.args = (predicate, *names, operands)
+        for branch in branches:
+            branch.recompile()
+    module.recompile()
+
+
+def _fixed(branch: GraphModule) -> list[Node]:
+    """The nodes of a branch that depend on no input and draw nothing, of which only tensors are read elsewhere; in order."""
+    drawn = lambda n: torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
+    kept: set[Node] = set()
+    while True:
+        fixed: dict[Node, None] = {}
+        for n in branch.graph.nodes:
+            if n.op == "call_function" and n.target is not COND and n not in kept and not drawn(n) and all(x in fixed for x in n.all_input_nodes):
+                fixed[n] = None
+        odd = {n for n in fixed if not isinstance(value(n), torch.Tensor) and any(u not in fixed for u in n.users)}
+        if not odd:
+            return list(fixed)
+        kept |= odd
 
 
 def _input(branch: GraphModule, name: str) -> Node:

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 
 from li_compile import _compat
 from li_compile.errors import BackendUnavailable, ExportError
+from li_compile.exporting import branches
 from li_compile.exporting.manifest import VariantEntry
 from li_compile.exporting.program import Program, bound, example_of
 from li_compile.patterns.graph import placeholders, value
@@ -103,6 +104,7 @@ def _respell(module: GraphModule) -> None:
     attention gives its result, and are traced again with attention written out, whose result lies differently. Writes into a part of a tensor
     become concatenations: of its own, by scattering, the rank is not known. What TensorRT's passes do for a graph and not for a
     condition's branches is done here for these: RMSNorm would stay CUDA's own operator, and of attention as one layer (2.14) no engine is built."""
+    branches.hoist(module)
     aten = torch.ops.aten
     for owner in (m for m in module.modules() if isinstance(m, GraphModule)):
         graph = owner.graph
