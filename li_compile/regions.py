@@ -48,7 +48,7 @@ def lower_regions(module: GraphModule, inputs: Sequence[Any], lower: Lower, done
     hand_in_sizes(outer)
     for name in names:
         if name not in done:
-            region = getattr(outer, name)
+            region = copy.deepcopy(getattr(outer, name))  # of which compiling may change what another region calls too
             region.meta |= module.meta
             done[name] = _lower(region, [value(x) for x in region_calls(outer, name)[0].args[2:]], lower)
         delattr(outer, name)

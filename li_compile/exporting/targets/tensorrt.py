@@ -102,7 +102,7 @@ def _tensors_alone(exported: torch.export.ExportedProgram) -> tuple[torch.export
 def _respell(module: GraphModule) -> None:
     """In place, what Torch-TensorRT 2.11 cannot take as it is. Views become reshapes: they were traced with the memory layout that PyTorch's
     attention gives its result, and are traced again with attention written out, whose result lies differently. Writes into a part of a tensor
-    become concatenations: of its own, by scattering, the rank is not known. What TensorRT's passes do for a graph and not for a
+    become concatenations: of its own, by scattering, the rank is not known. What Torch-TensorRT's passes do for a graph and not for a
     condition's branches is done here for these: RMSNorm would stay CUDA's own operator, and of attention as one layer (2.14) no engine is built."""
     branches.hoist(module)
     aten = torch.ops.aten
