@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -154,6 +156,33 @@ def tensorrt_settings(version: str) -> dict[str, Any]:
     """Settings of ``torch_tensorrt.dynamo.compile``: the graph's own dtypes, and attention in standard operators. 2.11 wants the former said,
     later ones know nothing else; its attention layer takes no keys of another length than the queries', and none that was exported on the CPU."""
     return {"use_explicit_typing": True, "decompose_attention": True} if version.startswith("2.11") else {}
+
+
+@contextlib.contextmanager
+def spelled_out(module: torch.nn.Module, kwargs: dict[str, Any]) -> Iterator[None]:
+    """Let a module's ``forward`` name the keywords that it takes as ``**kwargs``: with these, torch.export 2.11 compares dynamic shapes with
+    another structure of arguments than the one that it asks them for (2.14 does not)."""
+    forward, own = module.forward, "forward" in vars(module)
+    signature = inspect.signature(forward)
+    gathered = [p for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+    named = [inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY) for k in kwargs if k not in signature.parameters]
+    if not gathered or not named:
+        yield
+        return
+
+    @functools.wraps(forward)
+    def spelled(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    spelled.__signature__ = signature.replace(parameters=[p for p in signature.parameters.values() if p not in gathered] + named)
+    module.forward = spelled
+    try:
+        yield
+    finally:
+        if own:
+            module.forward = forward
+        else:
+            del module.forward
 
 
 def forget_breaks() -> None:

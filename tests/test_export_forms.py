@@ -125,3 +125,25 @@ def test_what_is_left_alone_is_told():
     report = li_compile.export_report(torch.nn.Linear(2, 2), [torch.ones(1, 2)])
     assert {"attention", "context", "denoising loop"} <= {r["pattern"] for r in report.left_alone}
     assert "left alone, denoising loop: no model is called more than once" in " ".join(str(report).split())
+
+
+class Gathering(torch.nn.Module):
+    """Takes most of its inputs as ``**kwargs``."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, scale=1.0, **kwargs):
+        return self.model(*(kwargs[n] for n in ("x", "time", "action", "w2c", "intrinsics", "text_k", "text_v")), (kwargs["keys"], kwargs["values"]),
+                          kwargs["start"])[0] * scale
+
+
+def test_a_model_that_gathers_its_keywords(tiny_world, tmp_path):
+    """torch.export 2.11 takes no dynamic sizes of such a model as it is. Its forward is as it was afterwards."""
+    model = Gathering(tiny_world(depth=1))
+    given = dict(zip(("x", "time", "action", "w2c", "intrinsics", "text_k", "text_v", "keys", "values", "start"), step_inputs(model.model, 12)))
+    report = li_compile.export(model, [], {"scale": 2.0} | given, path=tmp_path / "a", config=CONFIG)
+    assert [v.name for v in report.variants] == ["all_full", "keep4_full", "keep8_full"] and "forward" not in vars(model)
+    with torch.no_grad():
+        assert relative(li_compile.load(tmp_path / "a")(scale=2.0, **given), model(scale=2.0, **given)) <= 1e-5

@@ -53,7 +53,7 @@ def _trace(model, args: tuple, kwargs: dict, marked: list[list[int]], config: Co
         if (dims := next(auto)):
             sizes[leaf] = dims
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _compat.spelled_out(module, kwargs):
             dynamic = sizes.dynamic_shapes(module, args, kwargs) if any(marked) else None
             program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=True)
     except Exception as error:
