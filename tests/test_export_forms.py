@@ -143,6 +143,8 @@ def test_a_model_that_gathers_its_keywords(tiny_world, tmp_path):
     """torch.export 2.11 takes no dynamic sizes of such a model as it is. Its forward is as it was afterwards."""
     model = Gathering(tiny_world(depth=1))
     given = dict(zip(("x", "time", "action", "w2c", "intrinsics", "text_k", "text_v", "keys", "values", "start"), step_inputs(model.model, 12)))
+    for held in (*given["keys"], *given["values"]):
+        torch._dynamo.mark_dynamic(held, 2)
     report = li_compile.export(model, [], {"scale": 2.0} | given, path=tmp_path / "a", config=CONFIG)
     assert [v.name for v in report.variants] == ["all_full", "keep4_full", "keep8_full"] and "forward" not in vars(model)
     with torch.no_grad():
