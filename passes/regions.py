@@ -60,6 +60,8 @@ def hand_in(sub: GraphModule, calls: list[Node], values: list[list[Node]], name:
 def hand_in_sizes(module: GraphModule) -> None:
     """Hand every region the sizes of which its operands' shapes are made, where none of them is such a size itself: Dynamo does so, passes
     do not, and Inductor 2.11 cannot get s from a shape 16 * s."""
+    if not any(isinstance(value(p), torch.SymInt) for p in placeholders(module.graph)):
+        return
     graphs = all_graphs(module)
     for sub in graphs[1:]:
         calls = [(part, call) for part in graphs for name, other in subgraphs(part).items() if other is sub for call in region_calls(part, name)]

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
+from li_compile.passes.invariants import stays
+from li_compile.patterns.effects import written
 from li_compile.patterns.graph import placeholders, value
 
 COND = torch.ops.higher_order.cond
@@ -78,18 +80,12 @@ def hoist(module: GraphModule) -> None:
 
 
 def _fixed(branch: GraphModule) -> list[Node]:
-    """The nodes of a branch that depend on no input and draw nothing, of which only tensors are read elsewhere; in order."""
-    drawn = lambda n: torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
-    kept: set[Node] = set()
-    while True:
-        fixed: dict[Node, None] = {}
-        for n in branch.graph.nodes:
-            if n.op == "call_function" and n.target is not COND and n not in kept and not drawn(n) and all(x in fixed for x in n.all_input_nodes):
-                fixed[n] = None
-        odd = {n for n in fixed if not isinstance(value(n), torch.Tensor) and any(u not in fixed for u in n.users)}
-        if not odd:
-            return list(fixed)
-        kept |= odd
+    """The nodes of a branch that depend on no input, in order; values that are several are read one by one."""
+    changing, fixed = written(branch.graph), {}
+    for n in branch.graph.nodes:
+        if isinstance(value(n), (torch.Tensor, list, tuple)) and stays(n, changing) and all(x in fixed for x in n.all_input_nodes):
+            fixed[n] = None
+    return list(fixed)
 
 
 def _input(branch: GraphModule, name: str) -> Node:

@@ -20,6 +20,7 @@ from li_compile.errors import BackendUnavailable, ExportError
 from li_compile.exporting import branches
 from li_compile.exporting.manifest import VariantEntry
 from li_compile.exporting.program import Program, bound, example_of
+from li_compile.patterns.binding import bind
 from li_compile.patterns.graph import placeholders, value
 
 PACKAGES = ("torch-tensorrt-rtx", "torch-tensorrt", "tensorrt-rtx", "tensorrt")
@@ -112,9 +113,12 @@ def _respell(module: GraphModule) -> None:
             if node.target is aten.view.default:
                 node.target = aten.reshape.default
             elif owner is not module and node.target in WRITTEN_OUT:
-                WRITTEN_OUT[node.target](graph, node)
+                with graph.inserting_before(node):
+                    made = WRITTEN_OUT[node.target](lambda target, *args, **kwargs: graph.call_function(target, args, kwargs), node)
+                if made is not node:
+                    _replace(node, made)
             elif node.target in (aten.slice_scatter.default, aten.select_scatter.default):
-                arguments = _arguments(node)
+                arguments, _ = bind(node)
                 x, part, dim = arguments["input" if "input" in arguments else "self"], arguments["src"], arguments["dim"]
                 size = value(x).shape[dim]
                 if node.target is aten.select_scatter.default:
@@ -133,42 +137,34 @@ def _respell(module: GraphModule) -> None:
         owner.recompile()
 
 
-def _arguments(node: Node) -> dict[str, Any]:
-    schema = node.target._schema.arguments
-    return {a.name: a.default_value for a in schema} | dict(zip((a.name for a in schema), node.args)) | node.kwargs
-
-
-def _norm_written_out(graph: torch.fx.Graph, node: Node) -> None:
+def _norm_written_out(call: Callable[..., Node], node: Node) -> Node:
     """RMSNorm in other operators, in fp32 for half precision, as PyTorch computes it."""
-    aten, given, dtype = torch.ops.aten, _arguments(node), value(node).dtype
+    aten, (given, _), dtype = torch.ops.aten, bind(node), value(node).dtype
     wide = torch.promote_types(dtype, torch.float32)
     eps = torch.finfo(wide).eps if given["eps"] is None else given["eps"]
-    with graph.inserting_before(node):
-        call = lambda target, *args, **kwargs: graph.call_function(target, args, kwargs)
-        x = call(aten._to_copy.default, given["input"], dtype=wide)
-        mean = call(aten.mean.dim, call(aten.mul.Tensor, x, x), [-1 - i for i in range(len(given["normalized_shape"]))], True)
-        made = call(aten.mul.Tensor, x, call(aten.rsqrt.default, call(aten.add.Tensor, mean, eps)))
-        if given["weight"] is not None:
-            made = call(aten.mul.Tensor, made, call(aten._to_copy.default, given["weight"], dtype=wide))
-        _replace(node, call(aten._to_copy.default, made, dtype=dtype))
+    x = call(aten._to_copy.default, given["input"], dtype=wide)
+    mean = call(aten.mean.dim, call(aten.mul.Tensor, x, x), [-1 - i for i in range(len(given["normalized_shape"]))], True)
+    made = call(aten.mul.Tensor, x, call(aten.rsqrt.default, call(aten.add.Tensor, mean, eps)))
+    if given["weight"] is not None:
+        made = call(aten.mul.Tensor, made, call(aten._to_copy.default, given["weight"], dtype=wide))
+    return call(aten._to_copy.default, made, dtype=dtype)
 
 
-def _attention_written_out(graph: torch.fx.Graph, node: Node) -> None:
-    """Attention in products and a softmax. Queries that may read no key get the mean of all, where PyTorch gives 0."""
-    aten, given = torch.ops.aten, _arguments(node)
+def _attention_written_out(call: Callable[..., Node], node: Node) -> Node:
+    """Attention in products and a softmax; where it is causal, grouped or drops out it stays. Queries that may read no key get the mean of
+    all, where PyTorch gives 0."""
+    aten, (given, _) = torch.ops.aten, bind(node)
     if given["is_causal"] or given["enable_gqa"] or given["dropout_p"]:
-        return
+        return node
     query, mask = value(given["query"]), given["attn_mask"]
     scale = query.shape[-1] ** -0.5 if given["scale"] is None else given["scale"]
-    with graph.inserting_before(node):
-        call = lambda target, *args, **kwargs: graph.call_function(target, args, kwargs)
-        scores = call(aten.matmul.default, call(aten.mul.Tensor, given["query"], scale), call(aten.transpose.int, given["key"], -2, -1))
-        if mask is not None:
-            if value(mask).dtype == torch.bool:
-                hidden = call(aten._to_copy.default, call(aten.logical_not.default, mask), dtype=query.dtype)
-                mask = call(aten.mul.Tensor, hidden, torch.finfo(query.dtype).min / 2)
-            scores = call(aten.add.Tensor, scores, mask)
-        _replace(node, call(aten.matmul.default, call(aten.softmax.int, scores, -1), given["value"]))
+    scores = call(aten.matmul.default, call(aten.mul.Tensor, given["query"], scale), call(aten.transpose.int, given["key"], -2, -1))
+    if mask is not None:
+        if value(mask).dtype == torch.bool:
+            hidden = call(aten._to_copy.default, call(aten.logical_not.default, mask), dtype=query.dtype)
+            mask = call(aten.mul.Tensor, hidden, torch.finfo(query.dtype).min / 2)
+        scores = call(aten.add.Tensor, scores, mask)
+    return call(aten.matmul.default, call(aten.softmax.int, scores, -1), given["value"])
 
 
 def _replace(node: Node, made: Node) -> None:
