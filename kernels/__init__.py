@@ -7,6 +7,7 @@ if __name__ == "kernels":
     raise ImportError("import li_compile.kernels instead")
 
 from .block_sparse import block_sparse_attention, expected_provider
+from .dense_attention import dense_attention
 from .frame_attention import frame_attention
 from .pack import Encoding, pack, pack_
 from .plan import Density, density
@@ -22,6 +23,7 @@ __all__ = [
     "Provider",
     "block_sparse_attention",
     "choose_blocks",
+    "dense_attention",
     "density",
     "expected_provider",
     "explain_provider",

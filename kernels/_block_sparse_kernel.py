@@ -110,7 +110,11 @@ def _attend(
     batch = (line // (query_blocks * heads)).to(tl.int64)
     first = query_block * BLOCK + (tile % TILES) * ROWS
 
-    q = tl.load(Q + batch * stride_qb + head * stride_qh + (first + rows).to(tl.int64)[:, None] * stride_qm + dims[None, :])
+    q_at = Q + batch * stride_qb + head * stride_qh + (first + rows).to(tl.int64)[:, None] * stride_qm + dims[None, :]
+    if MAPPED:  # its storage may end at the last true row
+        q = tl.load(q_at, mask=(tl.load(ROWS_TO + first + rows) >= 0)[:, None], other=0.0)
+    else:
+        q = tl.load(q_at)
     k_first, v_first = K + batch * stride_kb + head * stride_kh, V + batch * stride_vb + head * stride_vh
     k_second, v_second = K1 + batch * stride_k1b + head * stride_k1h, V1 + batch * stride_v1b + head * stride_v1h
     count = tl.load(COUNTS + line)

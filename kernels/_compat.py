@@ -12,7 +12,7 @@ import os
 
 import torch
 
-__all__ = ["aot_compile", "body_of", "cpu_flash", "gluon", "has_triton", "interpreting", "real_tensors", "untraced"]
+__all__ = ["aot_compile", "body_of", "capability", "cpu_flash", "gluon", "has_triton", "interpreting", "real_tensors", "untraced"]
 
 
 @functools.cache
@@ -25,6 +25,11 @@ def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter (on CPU tensors, for tests). Triton reads the variable when a
     kernel is decorated, so it must be set before the first import of a module that holds one."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
+
+
+def capability(device: torch.device) -> int:
+    """80 for sm_80 and sm_86, 90 for sm_90, and so on; 80 in the interpreter."""
+    return 80 if interpreting() else 10 * torch.cuda.get_device_capability(device)[0]
 
 
 def body_of(operator):
@@ -78,6 +83,7 @@ class _Gluon:
 
         self.layout, self.source, self._descriptor = language.NVMMASharedLayout, GluonASTSource, TensorDescriptor
 
+    @functools.cache
     def shared_layout(self, box: tuple[int, ...], bits: int = 16):
         """The swizzled layout in shared memory of a TMA box whose rows are a multiple of 128 bytes."""
         if box[-1] * bits % 1024:

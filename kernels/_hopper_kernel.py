@@ -86,16 +86,17 @@ def _producer(buffers, barriers, sources, pointers, numbers, BLOCK: gl.constexpr
                             fence_async_shared()
                             mbarrier.arrive(v_full.index(stage), count=1)
                     step += 1
-            for i in range(rest):
-                stage = step % STAGES
-                phase = ((step // STAGES) & 1) ^ 1
-                mbarrier.wait(k_empty.index(stage), phase)
-                mbarrier.expect(k_full.index(stage), k_source.block_type.nbytes)
-                tma.async_copy_global_to_shared(k_summary, [batch, head, i * KEYS, 0], k_full.index(stage), k_smem.index(stage))
-                mbarrier.wait(v_empty.index(stage), phase)
-                mbarrier.expect(v_full.index(stage), v_source.block_type.nbytes)
-                tma.async_copy_global_to_shared(v_summary, [batch, head, i * KEYS, 0], v_full.index(stage), v_smem.index(stage))
-                step += 1
+            if SUMMARY:
+                for i in range(rest):
+                    stage = step % STAGES
+                    phase = ((step // STAGES) & 1) ^ 1
+                    mbarrier.wait(k_empty.index(stage), phase)
+                    mbarrier.expect(k_full.index(stage), k_source.block_type.nbytes)
+                    tma.async_copy_global_to_shared(k_summary, [batch, head, i * KEYS, 0], k_full.index(stage), k_smem.index(stage))
+                    mbarrier.wait(v_empty.index(stage), phase)
+                    mbarrier.expect(v_full.index(stage), v_source.block_type.nbytes)
+                    tma.async_copy_global_to_shared(v_summary, [batch, head, i * KEYS, 0], v_full.index(stage), v_smem.index(stage))
+                    step += 1
 
 
 @gluon.jit
@@ -269,7 +270,7 @@ def hopper_kernel(
     TWO: gl.constexpr, SUMMARY: gl.constexpr, MAPPED: gl.constexpr, CLEAN: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """All query blocks of [batch, heads]; arguments as in block_sparse_hopper.py. ``scale`` has log2(e) folded in."""
+    """All query blocks of [batch, heads]; arguments as in block_sparse_hopper.py, None what there is not. ``scale`` has log2(e) folded in."""
     GROUPS: gl.constexpr = BLOCK // 64
     q_smem = gl.allocate_shared_memory(q_source.dtype, [QUERIES * GROUPS, 1, 1, 64, DIM], q_source.layout)
     k_smem = gl.allocate_shared_memory(k_source.dtype, [STAGES, 1, 1, KEYS, DIM], k_source.layout)

@@ -1,4 +1,4 @@
-"""The Triton kernel of selection.py, apart from it because decorating it imports Triton."""
+"""The Triton kernels of selection.py, apart from it because decorating it imports Triton."""
 
 import triton
 import triton.language as tl
@@ -34,56 +34,62 @@ def _append(ids, chosen, whole, to, tails_to, written):
 
 
 @triton.jit
-def select_kernel(
-    Q_MEANS, K_MEANS, Q_COUNTS, K_COUNTS, VALID, FORCED, KEEP, SCORES, INDICES, COUNTS, TAILS, BIAS,
-    heads, query_blocks, candidates, first, total, pitch, stride_keep_h, stride_keep_q, scale,
-    DIM: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, WIDTH: tl.constexpr,
-    AROUND: tl.constexpr, AT_ONCE: tl.constexpr, BLOCK: tl.constexpr, HAS_FORCED: tl.constexpr, SUMMARY: tl.constexpr,
+def _halves(x):
+    """fp32 as the sum of two fp16: 22 bits of it, and no infinity where fp16 ends."""
+    high = tl.minimum(tl.maximum(x, -65504.0), 65504.0).to(tl.float16)
+    low = tl.minimum(tl.maximum(x - high.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
+    return high, low
+
+
+@triton.jit
+def score_kernel(
+    Q_MEANS, K_MEANS, Q_COUNTS, K_COUNTS, SCORES, query_blocks, candidates, scale,
+    DIM: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Scores, exact top-k and lists for ROWS query blocks of one head. Grid: (query blocks / ROWS, heads, batch)."""
+    """Scores of ROWS query blocks of one head. Grid: (query blocks / ROWS, splits of the candidates, batch * heads).
+
+    Rows and columns of the products are ordered by part first, so that the parts of a block are a thread's own values,
+    where it has them, and the log-sum-exp over them moves little between threads.
+    """
     scale = tl.full([], scale, tl.float32)  # ahead of time, Inductor hands in fp64
     group = tl.program_id(0)
-    head = tl.program_id(1)
-    line0 = (tl.program_id(2) * heads + head).to(tl.int64) * query_blocks
+    line0 = tl.program_id(2).to(tl.int64) * query_blocks
     dims = tl.arange(0, DIM)
+    row = tl.arange(0, ROWS * SUB)
+    part = (group * ROWS + row % ROWS) * SUB + row // ROWS
+    known = group * ROWS + row % ROWS < query_blocks
+    q_high, q_low = _halves(tl.load(Q_MEANS + (line0 * SUB + part)[:, None] * DIM + dims[None, :], mask=known[:, None], other=0.0))
+    q_real = tl.load(Q_COUNTS + part, mask=known, other=0) > 0
+    k_means = K_MEANS + tl.program_id(2).to(tl.int64) * candidates * SUB * DIM
+    column = tl.arange(0, CHUNK * SUB)
     rows = group * ROWS + tl.arange(0, ROWS)
-
-    parts = group * ROWS * SUB + tl.arange(0, ROWS * SUB)
-    known = parts < query_blocks * SUB
-    q = tl.load(Q_MEANS + (line0 * SUB + parts)[:, None] * DIM + dims[None, :], mask=known[:, None], other=0.0) * scale
-    q_real = tl.load(Q_COUNTS + parts, mask=known, other=0) > 0
-    k_means = K_MEANS + (tl.program_id(2) * heads + head).to(tl.int64) * candidates * SUB * DIM
-    for start in range(0, candidates, CHUNK):
+    for start in range(tl.program_id(1) * CHUNK, candidates, CHUNK * tl.num_programs(1)):
+        there = start + column % CHUNK < candidates
+        place = (start + column % CHUNK) * SUB + column // CHUNK
+        k_high, k_low = _halves(tl.load(k_means + place.to(tl.int64)[None, :] * DIM + dims[:, None], mask=there[None, :], other=0.0))
+        s = tl.dot(q_high, k_low)
+        s = tl.dot(q_low, k_high, s)
+        s = tl.dot(q_high, k_high, s) * scale
+        if SUB > 1:
+            k_real = tl.load(K_COUNTS + place, mask=there, other=0) > 0
+            s = tl.where(q_real[:, None] & k_real[None, :], s, float("-inf")).reshape(SUB, ROWS, SUB, CHUNK)
+            top = tl.max(tl.max(s, 2), 0)
+            base = tl.where(top == float("-inf"), 0.0, top)
+            s = tl.log(tl.sum(tl.sum(tl.exp(s - base[None, :, None, :]), 2), 0)) + base
         blocks = start + tl.arange(0, CHUNK)
-        there = blocks < candidates
-        # Log-sum-exp over pairs of sub-block means. One product for each key sub-block: summing over them is then a matter
-        # of a thread's own values, where one product with all of them side by side would need its columns shuffled.
-        top = tl.full([ROWS * SUB, CHUNK], float("-inf"), tl.float32)
-        weight = tl.zeros([ROWS * SUB, CHUNK], tl.float32)
-        for part in range(SUB):
-            columns = blocks * SUB + part
-            k = tl.load(k_means + columns.to(tl.int64)[None, :] * DIM + dims[:, None], mask=there[None, :], other=0.0)
-            s = tl.dot(q, k, input_precision="tf32x3")
-            if SUB > 1:
-                k_real = tl.load(K_COUNTS + columns, mask=there, other=0) > 0
-                s = tl.where(q_real[:, None] & k_real[None, :], s, float("-inf"))
-                higher = tl.maximum(top, s)
-                base = tl.where(higher == float("-inf"), 0.0, higher)
-                weight = weight * tl.exp(top - base) + tl.exp(s - base)
-                top = higher
-            else:
-                top = s
-        if SUB == 1:
-            scores = top
-        else:
-            top = top.reshape(ROWS, SUB, CHUNK)
-            highest = tl.max(top, 1)
-            base = tl.where(highest == float("-inf"), 0.0, highest)
-            scores = tl.log(tl.sum(weight.reshape(ROWS, SUB, CHUNK) * tl.exp(top - base[:, None, :]), 1)) + base
         at = SCORES + (line0 + rows)[:, None] * candidates + blocks[None, :]
-        tl.store(at, scores, mask=(rows < query_blocks)[:, None] & there[None, :])
-    tl.debug_barrier()  # the scores are read again by other threads of this program
+        tl.store(at, s, mask=(rows < query_blocks)[:, None] & (blocks < candidates)[None, :])
 
+
+@triton.jit
+def rank_kernel(
+    SCORES, VALID, FORCED, KEEP, INDICES, COUNTS, TAILS, BIAS,
+    heads, query_blocks, candidates, first, total, pitch, stride_keep_h, stride_keep_q,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, AROUND: tl.constexpr, BLOCK: tl.constexpr, HAS_FORCED: tl.constexpr,
+    SUMMARY: tl.constexpr,
+):  # fmt: skip
+    """Exact top-k and lists for ROWS query blocks of one head. Grid: (query blocks / ROWS, heads, batch)."""
+    head = tl.program_id(1)
     columns = tl.arange(0, WIDTH)
     inside = columns < candidates
     size = tl.load(VALID + first + columns, mask=inside, other=0)
@@ -96,35 +102,34 @@ def select_kernel(
     after_whole = tl.load(VALID + last, mask=after, other=0) == BLOCK
     wholes_before = tl.sum((before & before_whole).to(tl.int32), 0)
     wholes_after = tl.sum((after & after_whole).to(tl.int32), 0)
-    for start in tl.static_range(0, ROWS, AT_ONCE):
-        row = group * ROWS + start + tl.arange(0, AT_ONCE)
-        written = (row < query_blocks)[:, None]
-        line = line0 + row
-        scores = tl.load(SCORES + line[:, None] * candidates + columns[None, :], mask=written & inside[None, :], other=0.0)
-        allowed = inside[None, :] & (columns >= 0)[None, :] & (row >= 0)[:, None]
-        forced = allowed & (columns < 0)[None, :]
-        if HAS_FORCED:
-            forced = tl.load(FORCED + row[:, None] * candidates + columns[None, :], mask=written & inside[None, :], other=0) != 0
-            allowed = allowed & ~forced
-        keep = tl.load(KEEP + head * stride_keep_h + row * stride_keep_q, mask=row < query_blocks, other=0)
-        keys = _ordered(scores)
-        least = _threshold(keys, allowed, keep, AT_ONCE)
-        above = allowed & (keys > least[:, None])
-        level = allowed & (keys == least[:, None])  # equal scores: the first of them
-        room = keep - tl.sum(above.to(tl.int32), 1)
-        kept = above | (level & (tl.cumsum(level.to(tl.int32), 1) <= room[:, None])) | forced
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    written = (row < query_blocks)[:, None]
+    line = (tl.program_id(2) * heads + head).to(tl.int64) * query_blocks + row
+    scores = tl.load(SCORES + line[:, None] * candidates + columns[None, :], mask=written & inside[None, :], other=0.0)
+    allowed = inside[None, :] & (row >= 0)[:, None]
+    forced = allowed & (columns < 0)[None, :]
+    if HAS_FORCED:
+        forced = tl.load(FORCED + row[:, None] * candidates + columns[None, :], mask=written & inside[None, :], other=0) != 0
+        allowed = allowed & ~forced
+    keep = tl.load(KEEP + head * stride_keep_h + row * stride_keep_q, mask=row < query_blocks, other=0)
+    keys = _ordered(scores)
+    least = _threshold(keys, allowed, keep, ROWS)
+    above = allowed & (keys > least[:, None])
+    level = allowed & (keys == least[:, None])  # equal scores: the first of them
+    room = keep - tl.sum(above.to(tl.int32), 1)
+    kept = above | (level & (tl.cumsum(level.to(tl.int32), 1) <= room[:, None])) | forced
 
-        wholes = wholes_before + tl.sum((kept & whole[None, :]).to(tl.int32), 1)
-        tails = first - wholes_before + tl.sum((kept & ~whole[None, :]).to(tl.int32), 1)
-        to = INDICES + line[:, None] * pitch
-        ends = to + (wholes + wholes_after)[:, None]
-        here = (row >= 0)[:, None]
-        _append(here * around[None, :], here & before[None, :], here & before_whole[None, :], to, ends, written)
-        _append(here * (first + columns)[None, :], kept, here & whole[None, :], to + wholes_before, ends + (first - wholes_before), written)
-        _append(here * last[None, :], here & after[None, :], here & after_whole[None, :], to + wholes[:, None], ends + tails[:, None], written)
-        behind = total - first - candidates
-        tl.store(COUNTS + line, wholes + tails + behind, mask=row < query_blocks)
-        tl.store(TAILS + line, tails + behind - wholes_after, mask=row < query_blocks)
-        if SUMMARY:
-            bias = tl.where(kept, float("-inf"), tl.log(tl.maximum(size, 1).to(tl.float32))[None, :])
-            tl.store(BIAS + line[:, None] * candidates + columns[None, :], bias, mask=written & inside[None, :])
+    wholes = wholes_before + tl.sum((kept & whole[None, :]).to(tl.int32), 1)
+    tails = first - wholes_before + tl.sum((kept & ~whole[None, :]).to(tl.int32), 1)
+    to = INDICES + line[:, None] * pitch
+    ends = to + (wholes + wholes_after)[:, None]
+    here = (row >= 0)[:, None]
+    _append(here * around[None, :], here & before[None, :], here & before_whole[None, :], to, ends, written)
+    _append(here * (first + columns)[None, :], kept, here & whole[None, :], to + wholes_before, ends + (first - wholes_before), written)
+    _append(here * last[None, :], here & after[None, :], here & after_whole[None, :], to + wholes[:, None], ends + tails[:, None], written)
+    behind = total - first - candidates
+    tl.store(COUNTS + line, wholes + tails + behind, mask=row < query_blocks)
+    tl.store(TAILS + line, tails + behind - wholes_after, mask=row < query_blocks)
+    if SUMMARY:
+        bias = tl.where(kept, float("-inf"), tl.log(tl.maximum(size, 1).to(tl.float32))[None, :])
+        tl.store(BIAS + line[:, None] * candidates + columns[None, :], bias, mask=written & inside[None, :])

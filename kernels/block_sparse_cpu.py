@@ -43,7 +43,7 @@ def supports(problem: Problem) -> str | None:
 
 def run(problem: Problem):
     """See :func:`li_compile.kernels.block_sparse.block_sparse_attention`."""
-    q, size = problem.q.contiguous(), problem.block_size
+    q, size = problem.whole_queries.contiguous(), problem.block_size
     rows, pitch = q.shape[0] * q.shape[1] * problem.query_blocks, problem.block_indices.shape[-1]
     listed = torch.arange(pitch) < problem.block_counts.reshape(rows, 1)
     index = problem.block_indices.reshape(rows, pitch).long()

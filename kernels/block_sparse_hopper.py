@@ -72,7 +72,7 @@ def run(problem: Problem):
     """See :func:`li_compile.kernels.block_sparse.block_sparse_attention`. Nothing is read back."""
     q, size = problem.q, problem.block_size
     out = problem.new_out()
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    lse = problem.new_lse()
     if q.numel() == 0:
         return out, lse
     if not problem.sources:  # a descriptor of nothing is none
@@ -80,18 +80,19 @@ def run(problem: Problem):
     config = launch_config(q.shape[3], size, problem.clean)
     (k, v, _), (k1, v1, _) = problem.sources[0], problem.sources[-1]
     two, summary = len(problem.sources) == 2, problem.summary_k is not None
-    sk, sv = (problem.summary_k, problem.summary_v) if summary else (k, v)
-    indices, counts, valid = (x.contiguous() for x in (problem.block_indices, problem.block_counts, problem.kv_valid))
+    indices, pitch = problem.lists
+    counts, valid = problem.block_counts.contiguous(), problem.kv_valid.contiguous()
     tails = counts if problem.tails is None else problem.tails.contiguous()
     flags = torch.empty(*counts.shape, size // 64, dtype=torch.int32, device=q.device)
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count * (1 if size == 128 else 2)
     with torch.cuda.device(q.device):
         kernel()[(min(counts.numel(), programs),)](
-            _described(q, 64), *(_described(x, config.keys) for x in (k, v, k1, v1, sk, sv)),
+            _described(q, 64), *(_described(x, config.keys) for x in (k, v)), *(_described(x, config.keys) if two else None for x in (k1, v1)),
+            *(_described(x, config.keys) if summary else None for x in (problem.summary_k, problem.summary_v)),
             out, lse, counts if problem.rows is None else problem.rows, indices, counts, tails, valid,
             problem.summary_bias.contiguous() if summary else lse, flags,
-            problem.scale * LOG2E, q.shape[1], problem.query_blocks, counts.numel(), indices.shape[-1],
-            problem.first_blocks if two else 0, sk.shape[2] if summary else 0, *out.stride()[:3],
+            problem.scale * LOG2E, q.shape[1], problem.query_blocks, counts.numel(), pitch,
+            problem.first_blocks if two else 0, problem.summary_k.shape[2] if summary else 0, *out.stride()[:3],
             BLOCK=size, KEYS=config.keys, DIM=q.shape[3], STAGES=config.stages, QUERIES=config.queries,
             TWO=two, SUMMARY=summary, MAPPED=problem.rows is not None, CLEAN=problem.clean,
             CONSUMER_REGISTERS=config.consumer_registers, PRODUCER_REGISTERS=config.producer_registers,

@@ -22,12 +22,12 @@ def run(problem: Problem):
     One query block at a time, with its kept blocks gathered: what is not kept is never read, so poison in it cannot
     leak. Slots past the count, and keys past ``kv_valid``, are set to zero and masked.
     """
-    q, size, indices, counts = problem.q, problem.block_size, problem.block_indices, problem.block_counts
+    q, size, indices, counts = problem.whole_queries, problem.block_size, problem.block_indices, problem.block_counts
     batch, heads, length, _ = q.shape
     pitch = indices.shape[-1]
     compute = torch.promote_types(q.dtype, torch.float32)
     whole = lambda x: F.pad(x, (0, 0, 0, num_blocks(x.shape[2], size) * size - x.shape[2])).unflatten(2, (-1, size))
-    blocks = [whole(torch.cat(parts, 2)) for parts in zip(*((k, v) for k, v, _ in problem.sources))]
+    blocks = [torch.cat([whole(x) for x in parts], 2) for parts in zip(*((k, v) for k, v, _ in problem.sources))]
     b = torch.arange(batch, device=q.device)[:, None, None]
     h = torch.arange(heads, device=q.device)[None, :, None]
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)

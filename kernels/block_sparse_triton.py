@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from ._compat import has_triton, interpreting
+from ._compat import capability, has_triton, interpreting
 from .launching import launcher, on_device
 from .problem import Problem
 from .tuning import tuned
@@ -87,7 +87,7 @@ def run(problem: Problem):
     """See :func:`li_compile.kernels.block_sparse.block_sparse_attention`. Nothing is read back."""
     q = problem.q
     out = problem.new_out()
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    lse = problem.new_lse()
     if q.numel() == 0:
         return out, lse
     flags = torch.zeros(*q.shape[:2], problem.query_blocks, 1, dtype=torch.int32, device=q.device)
@@ -110,10 +110,10 @@ def _launch(problem: Problem, out, lse, flags, fixed: bool) -> None:
     k1, v1 = (rows_first(problem.current_k), rows_first(problem.current_v)) if two else (k, v)
     summary = problem.summary_k is not None
     sk, sv = (rows_first(problem.summary_k), rows_first(problem.summary_v)) if summary else (k, v)
-    indices, counts, valid = (x.contiguous() for x in (problem.block_indices, problem.block_counts, problem.kv_valid))
+    indices, pitch = problem.lists
+    counts, valid = problem.block_counts.contiguous(), problem.kv_valid.contiguous()
     tails = counts if problem.tails is None else problem.tails.contiguous()
-    capability = 80 if interpreting() else 10 * torch.cuda.get_device_capability(q.device)[0]
-    config = launch_config(q.dtype, dim, size, capability)
+    config = launch_config(q.dtype, dim, size, capability(q.device))
     # Query tiles run fastest and heads slowest: programs that run together share a head's K and V in the L2 cache. The
     # second launch hardly ever has anything to do: few programs with little shared memory start and end soonest.
     tiles = counts.numel() * (size // config.rows)
@@ -124,7 +124,7 @@ def _launch(problem: Problem, out, lse, flags, fixed: bool) -> None:
             counts if problem.rows is None else problem.rows, indices, counts, tails, valid, flags,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k1.stride()[:3], *v1.stride()[:3],
             *sk.stride()[:3], *sv.stride()[:3], *out.stride()[:3],
-            heads, problem.query_blocks, tiles, indices.shape[-1], problem.first_blocks, sk.shape[2] if summary else 0,
+            heads, problem.query_blocks, tiles, pitch, problem.first_blocks, sk.shape[2] if summary else 0,
             problem.scale * LOG2E,
             DIM=dim, ROWS=config.rows, KEYS=config.keys, BLOCK=size, EXACT=q.dtype == torch.float32,
             TWO=two, TAILED=problem.tails is not None, SUMMARY=summary, MAPPED=problem.rows is not None,

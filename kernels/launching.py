@@ -8,7 +8,7 @@ import functools
 
 import torch
 
-__all__ = ["captured", "launcher", "on_device"]
+__all__ = ["captured", "capturing", "launcher", "on_device"]
 
 _capturing: contextvars.ContextVar[bool] = contextvars.ContextVar("li_compile_capturing", default=False)
 
@@ -21,6 +21,11 @@ def captured():
         yield
     finally:
         _capturing.reset(token)
+
+
+def capturing() -> bool:
+    """Whether launches become nodes of a graph, so that only what a compiler takes in will do."""
+    return _capturing.get()
 
 
 def launcher(kernel):

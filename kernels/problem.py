@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import num_blocks
@@ -18,7 +19,7 @@ class Problem:
 
     Attributes beyond the operator's:
         rows: int32 ``[nq * block_size]`` or None: where each query row goes in the output, -1 for padding. None: to its
-            own place.
+            own place. With it, the storage of q may end at its last true row.
         length: rows of the output, ``nq * block_size`` without ``rows``.
         clean: the caller vouches that padding in V is finite, which saves a pass over it.
     """
@@ -43,12 +44,30 @@ class Problem:
 
     @property
     def query_blocks(self) -> int:
-        return self.q.shape[2] // self.block_size
+        return num_blocks(self.q.shape[2], self.block_size)
 
     @property
     def first_blocks(self) -> int:
         """Blocks in k; those after are in current_k."""
-        return self.k.shape[2] // self.block_size
+        return num_blocks(self.k.shape[2], self.block_size)
+
+    @property
+    def lists(self) -> tuple[Tensor, int]:
+        """The lists as kernels read them, and the distance from one to the next: 0 where all are one (expanded)."""
+        indices = self.block_indices
+        if indices.stride()[:3] == (0, 0, 0):
+            return indices[0, 0, 0].contiguous(), 0
+        return indices.contiguous(), indices.shape[-1]
+
+    @property
+    def whole_queries(self) -> Tensor:
+        """q with whatever is missing of its last block, as zeros."""
+        missing = self.query_blocks * self.block_size - self.q.shape[2]
+        return F.pad(self.q, (0, 0, 0, missing)) if missing else self.q
+
+    def new_lse(self) -> Tensor:
+        """Memory for the log-sum-exps, fp32 ``[B, H, nq * block_size]``."""
+        return self.q.new_empty(*self.q.shape[:2], self.query_blocks * self.block_size, dtype=torch.float32)
 
     @property
     def sources(self) -> list[tuple[Tensor, Tensor, int]]:
@@ -75,6 +94,8 @@ class Problem:
     def check(self) -> None:
         """Raise ValueError where shapes, dtypes or devices don't fit together."""
         q, k, v, size = self.q, self.k, self.v, self.block_size
+        if size < 1:
+            raise ValueError(f"block_size must be at least 1; found {size}.")
         if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
             raise ValueError(
                 "q, k and v must be [B, H, L, D] with the same B, H and D, and k and v of one shape; "
@@ -82,15 +103,15 @@ class Problem:
             )
         if (self.current_k is None) != (self.current_v is None):
             raise ValueError("current_k and current_v go together; give both or neither.")
-        keys = k.shape[2]
+        blocks = self.first_blocks
         if self.current_k is not None:
             if self.current_k.shape != self.current_v.shape or self.current_k.shape[:2] != k.shape[:2] or self.current_k.shape[3:] != k.shape[3:]:
                 raise ValueError(f"current_k and current_v must be like k but for the length; found {tuple(self.current_k.shape)} "
                                  f"and {tuple(self.current_v.shape)} beside {tuple(k.shape)}.")  # fmt: skip
-            keys += self.current_k.shape[2]
-        if size < 1 or q.shape[2] % size or (k.shape[2] % size and k is not self.sources[-1][0]):
-            raise ValueError(f"Lengths must be whole blocks of {size}, but for the last keys; found {q.shape[2]} queries and {k.shape[2]} keys.")
-        lists, blocks = (*q.shape[:2], self.query_blocks), num_blocks(keys, size)
+            blocks += num_blocks(self.current_k.shape[2], size)
+        if self.rows is None and q.shape[2] % size:
+            raise ValueError(f"Queries must be whole blocks of {size}; found {q.shape[2]}.")
+        lists = (*q.shape[:2], self.query_blocks)
         if self.block_indices.shape[:3] != lists or self.block_counts.shape != lists or self.kv_valid.shape != (blocks,):
             raise ValueError(
                 f"Expected block_indices {[*lists, 'pitch']}, block_counts {list(lists)} and kv_valid [{blocks}]; "

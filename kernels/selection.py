@@ -8,11 +8,12 @@ and ties fall to one region of the video).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._compat import has_triton, interpreting
+from ._compat import capability, has_triton, interpreting
 from .launching import launcher, on_device
 from .providers import Provider, register_provider, select_provider
 
@@ -176,18 +177,26 @@ def _supports_triton(choice: Choice) -> str | None:
     return None
 
 
-def launch_config(sub_blocks: int, width: int, around: int) -> dict[str, int]:
-    """Query blocks a program, candidates a product, query blocks ranked at once and warps; compiled without spills.
+class Launch(NamedTuple):
+    """Scores: query blocks a program, candidates a product, programs that share a row's candidates, warps. Ranks: query blocks a program, warps."""
 
-    Products have 16 or 32 rows: those take their operands from registers, where splitting them for the three products that
-    stand for one in fp32 is cheap. Wider ones (wgmma) would send the split operands through shared memory.
-    """
-    rows = 16 if sub_blocks == 1 else 32 // sub_blocks
-    return {"ROWS": rows, "CHUNK": 64, "AT_ONCE": max(1, min(rows, 2048 // max(width, around))), "num_warps": 8}
+    rows: int
+    chunk: int
+    splits: int
+    warps: int
+    ranked: int
+    rank_warps: int
+
+
+def launch_config(sub_blocks: int, width: int, around: int, capability: int) -> Launch:
+    """Compiled without spills. On Hopper products of 64 rows, which its warp groups multiply, are the faster ones (docs/kernels.md). A warp
+    ranks up to 512 candidates by itself: nothing to wait for."""
+    rows, splits = (64 // sub_blocks, 2) if capability == 90 and sub_blocks > 1 else (32 // sub_blocks, 4)
+    return Launch(rows, 64 // sub_blocks, splits, warps=4, ranked=1, rank_warps=max(1, min(8, max(width, around) // 512)))
 
 
 def _run_triton(choice: Choice):
-    from ._select_kernel import select_kernel
+    from ._select_kernel import rank_kernel, score_kernel
 
     outputs = indices, counts, tails, bias = _outputs(choice)
     batch, heads, blocks = counts.shape
@@ -196,17 +205,20 @@ def _run_triton(choice: Choice):
     power = lambda n: 1 << max(n - 1, 0).bit_length()
     width = max(power(choice.candidates), 16)
     around = max(power(max(choice.first, total - choice.first - choice.candidates)), 16)
-    launch = launch_config(choice.sub_blocks, width, around)
+    launch = launch_config(choice.sub_blocks, width, around, capability(counts.device))
     keep = choice.keep
     strides = [0 if size == 1 else stride for size, stride in zip(keep.shape, keep.stride())]
     forced = choice.forced
     with on_device(counts.device):
-        launcher(select_kernel)[(-(-blocks // launch["ROWS"]), heads, batch)](
-            choice.q_means.contiguous(), choice.k_means.contiguous(), choice.q_counts, choice.k_counts, choice.valid,
-            choice.valid if forced is None else forced.to(torch.uint8), keep, scores, indices, counts, tails, bias,
-            heads, blocks, choice.candidates, choice.first, total, choice.pitch, *strides, choice.scale,
-            DIM=choice.q_means.shape[-1], SUB=choice.sub_blocks, WIDTH=width, AROUND=around, BLOCK=choice.block_size,
-            HAS_FORCED=forced is not None, SUMMARY=choice.summary, num_stages=2, **launch,
+        launcher(score_kernel)[(-(-blocks // launch.rows), launch.splits, batch * heads)](
+            choice.q_means.contiguous(), choice.k_means.contiguous(), choice.q_counts, choice.k_counts, scores, blocks, choice.candidates,
+            choice.scale, DIM=choice.q_means.shape[-1], SUB=choice.sub_blocks, ROWS=launch.rows, CHUNK=launch.chunk, num_stages=2,
+            num_warps=launch.warps,
+        )  # fmt: skip
+        launcher(rank_kernel)[(-(-blocks // launch.ranked), heads, batch)](
+            scores, choice.valid, choice.valid if forced is None else forced.to(torch.uint8), keep, indices, counts, tails, bias,
+            heads, blocks, choice.candidates, choice.first, total, choice.pitch, *strides, ROWS=launch.ranked, WIDTH=width, AROUND=around,
+            BLOCK=choice.block_size, HAS_FORCED=forced is not None, SUMMARY=choice.summary, num_stages=2, num_warps=launch.rank_warps,
         )  # fmt: skip
     return outputs
 

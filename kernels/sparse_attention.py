@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .block_sparse import attend
+from .dense_attention import attend_densely
 from .encode import encoded
-from .layout import block_valid, cached, forced_mask, laid_out, num_blocks, row_places, tile_order
+from .layout import block_valid, cached, forced_mask, num_blocks, row_places, tile_order
 from .pack import Encoding, empty_pack, pack_into
 from .plan import CONTEXT, CURRENT, TEXT, Plan, make_plan
 from .problem import Problem
@@ -264,9 +264,8 @@ def _whole_means(means: Tensor, counts: Tensor, sub_blocks: int) -> Tensor:
 def _dense(plan: Plan, q, k: Sequence[Tensor], v: Sequence[Tensor], scale: float, encodings) -> Tensor:
     """Dense attention, with what is left to do to the current segment done one after the other."""
     current = [x if e.empty else encoded(x, e) for x, e in zip((q, k[plan.current], v[plan.current]), encodings)]
-    segments = [[current[i] if s == plan.current else x for s, x in enumerate(xs)] for i, xs in ((1, k), (2, v))]
-    keys, values = (xs[0] if len(xs) == 1 else torch.cat(xs, 2) for xs in segments)
-    return laid_out(F.scaled_dot_product_attention(current[0], keys, values, scale=scale))
+    keys, values = ([current[i] if s == plan.current else x for s, x in enumerate(xs)] for i, xs in ((1, k), (2, v)))
+    return attend_densely(current[0], keys, values, scale)
 
 
 def _unpack(plan: Plan, packed_k, packed_v, k, v) -> tuple[list[Tensor], list[Tensor]]:

@@ -72,6 +72,7 @@ class ExactConfig(_Section):
     invariants: what layers or steps compute alike is computed once.
     dead_tails: a block computes only those of its outputs that are read.
     encode: norm, rotary and camera encodings of queries, keys and values are one operator, where there is a kernel for it.
+    dense_attention: attention that stays dense is computed by the Hopper kernel, where that is faster, without concatenating keys and values.
     small_products: small matrices over many vectors, as of cameras, are written out as products and sums, which compilers fuse.
     merge_regions: equal blocks are compiled once.
     invariant_memory: share of the device's memory that values of single layers, the same in all denoising steps, may take from the first
@@ -91,6 +92,7 @@ class ExactConfig(_Section):
     invariant_memory: float = option(0.1, RATIO)
     dead_tails: bool = option(True, FLAG)
     encode: bool = option(True, FLAG)
+    dense_attention: bool = option(True, FLAG)
     small_products: bool = option(True, FLAG)
     merge_regions: bool = option(True, FLAG)
     shared_steps: bool = option(True, FLAG)

@@ -21,6 +21,7 @@ from li_compile.config import Config
 from li_compile.errors import ConfigError, PatternError, RewriteError
 from li_compile.passes.cost import cost
 from li_compile.passes.dead_tails import dead_tails
+from li_compile.passes.dense_attention import dense_attention
 from li_compile.passes.encode import encode
 from li_compile.passes.equal_rows import equal_rows
 from li_compile.passes.forward_stores import forward_stores
@@ -229,6 +230,8 @@ def build(facts: Facts, config: Config, inputs: Sequence[Any], mode, *, kept: in
     variant = Base(copy.deepcopy(base.module), list(base.records), observe, base.settled)
     apply = partial(_apply, variant, config, inputs, mode)
     apply_reuse(apply, facts, config, reuse)
+    if config.exact.enabled and config.exact.dense_attention and not facts.empty:  # what the others look for is PyTorch's attention
+        apply("dense_attention", dense_attention)
     if config.exact.enabled and config.exact.repeated_blocks and not facts.empty:
         apply("repeated_blocks", repeated_blocks)
     flops, moved = cost(variant.module)

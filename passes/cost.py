@@ -46,6 +46,9 @@ def _operations(node: Node) -> int | None:
     if calls(node, SDPA):
         q, k = _dims(value(node.args[0])), _dims(value(argument(node, 1, "key")))
         return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
+    if node.target is torch.ops.li.dense_attention.default:
+        q = _dims(value(node.args[0]))
+        return 4 * math.prod(q) * sum(_dims(value(k))[2] for k in node.args[1])
     if node.target is torch.ops.li.sparse_attention.default:
         q, keys, _, roles, height, width, tile, block, topk, prefill, _, _, _, heads = node.args
         protected = node.kwargs.get("protected", 0)

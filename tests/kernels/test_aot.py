@@ -9,6 +9,7 @@ import torch
 
 from li_compile.kernels import block_sparse_hopper, block_sparse_triton
 from li_compile.kernels._compat import aot_compile, gluon, has_triton, interpreting
+from li_compile.kernels.selection import launch_config
 
 from sass import undefined_descriptors  # beside this file
 
@@ -97,7 +98,10 @@ def hopper(dtype, head_dim, block_size, clean=True, **flags):
                  "TWO": True, "SUMMARY": False, "MAPPED": True, "CLEAN": clean, "CONSUMER_REGISTERS": launch.consumer_registers,
                  "PRODUCER_REGISTERS": launch.producer_registers} | flags  # fmt: skip
     box = lambda rows: (NAMES[dtype], (1, 1, rows, head_dim))
-    sources = {n: box(launch.keys) for n in ("k_source", "v_source", "k_second", "v_second", "k_summary", "v_summary")}
+    given = {"k_source": True, "v_source": True} | dict.fromkeys(("k_second", "v_second"), constants["TWO"]) \
+        | dict.fromkeys(("k_summary", "v_summary"), constants["SUMMARY"])  # fmt: skip
+    sources = {n: box(launch.keys) for n, there in given.items() if there}
+    constants |= {n: None for n, there in given.items() if not there}
     signature = typed(kernel, constants, (NAMES[dtype], "OUT"), ("fp32", "LSE BIAS"), ("i32", "ROWS_TO INDICES COUNTS TAILS VALID FLAGS"),
                       scale="fp32", q_source=box(64), **sources)  # fmt: skip
     return aot_compile(kernel, signature, constants, 90, num_warps=4, maxnreg=launch.registers)
@@ -170,19 +174,32 @@ def test_pack(flags, capability, tmp_path):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("sub", [1, 4, 8])
-def test_select(sub, capability, tmp_path):
-    from li_compile.kernels._select_kernel import select_kernel as kernel
-    from li_compile.kernels.selection import launch_config
+@pytest.mark.parametrize("sub", [1, 2, 4, 8])
+def test_scores(sub, capability, tmp_path):
+    from li_compile.kernels._select_kernel import score_kernel as kernel
 
     tool("ptxas")
-    launch = launch_config(sub, 256, 64)
-    constants = {"DIM": 128, "SUB": sub, "WIDTH": 256, "AROUND": 64, "BLOCK": 128, "HAS_FORCED": True, "SUMMARY": True} | launch
-    warps = constants.pop("num_warps")
-    signature = typed(kernel, constants, ("fp32", "Q_MEANS K_MEANS SCORES BIAS"), ("u8", "FORCED"),
-                      ("i32", "Q_COUNTS K_COUNTS VALID KEEP INDICES COUNTS TAILS"), scale="fp32")  # fmt: skip
-    compiled = aot_compile(kernel, signature, constants, capability, num_warps=warps, num_stages=2)
+    launch = launch_config(sub, 256, 64, capability)
+    constants = {"DIM": 128, "SUB": sub, "ROWS": launch.rows, "CHUNK": launch.chunk}
+    signature = typed(kernel, constants, ("fp32", "Q_MEANS K_MEANS SCORES"), ("i32", "Q_COUNTS K_COUNTS"), scale="fp32")
+    compiled = aot_compile(kernel, signature, constants, capability, num_warps=launch.warps, num_stages=2)
     used = resources(compiled.asm["cubin"], tmp_path)
-    assert used["STACK"] <= 32 and used["LOCAL"] == 0, f"spills: {used}"  # Triton 3.6 leaves a few, outside of loops
+    assert used["STACK"] == 0 and used["LOCAL"] == 0, f"spills: {used}"
     assert compiled.metadata.shared <= SHARED[capability]
-    assert "mma" in compiled.asm["ptx"], "scores should be made by tensor cores"
+    assert re.search(r"mma\S*\.f32\.f16\.f16", compiled.asm["ptx"]), "scores should be made by tensor cores, of halves"
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("width", [256, 1024, 4096])
+def test_ranks(width, capability, tmp_path):
+    from li_compile.kernels._select_kernel import rank_kernel as kernel
+
+    tool("ptxas")
+    launch = launch_config(4, width, 64, capability)
+    constants = {"ROWS": launch.ranked, "WIDTH": width, "AROUND": 64, "BLOCK": 128, "HAS_FORCED": True, "SUMMARY": True}
+    signature = typed(kernel, constants, ("fp32", "SCORES BIAS"), ("u8", "FORCED"), ("i32", "VALID KEEP INDICES COUNTS TAILS"))
+    compiled = aot_compile(kernel, signature, constants, capability, num_warps=launch.rank_warps, num_stages=2)
+    used = resources(compiled.asm["cubin"], tmp_path)
+    assert used["STACK"] == 0 and used["LOCAL"] == 0, f"spills: {used}"
+    if width == 256:
+        assert "bar.sync" not in compiled.asm["ptx"], "a warp ranks them alone"

@@ -149,6 +149,27 @@ def test_storage_ends_at_the_last_key(case, split, shared):
     torch.testing.assert_close(lse.double().cpu(), want_lse, atol=1e-3, rtol=1e-6)
 
 
+@pytest.mark.parametrize("lengths", [(21, 16), (5, 48), (37, 9)], ids=str)
+def test_both_sources_end_at_their_last_keys(case, lengths):
+    """Blocks begin anew with the second source; behind either one's last key there is something else's memory. One list for all, expanded."""
+    q, k, v, _, block = make(case, nk=8)
+    lengths = [n * unit(case) for n in lengths]
+    blocks = [-(-n // block) for n in lengths]
+    valid = torch.tensor([min(block, n - i * block) for n, m in zip(lengths, blocks) for i in range(m)], dtype=torch.int32, device=q.device)
+    whole = [x[:, :, : sum(blocks) * block].clone() for x in (k, v)]  # as one source, padded
+    poison_padding(*whole, valid, block)
+    first, second = ([x[:, :, at * block : at * block + n].transpose(1, 2).contiguous().transpose(1, 2) for x in whole]
+                     for at, n in ((0, lengths[0]), (blocks[0], lengths[1])))  # fmt: skip
+    order = torch.argsort((valid < block).int(), stable=True).int()
+    indices = order.expand(1, 3, 2, -1)
+    counts = torch.full((1, 3, 2), len(valid), dtype=torch.int32, device=q.device)
+    tails = torch.full_like(counts, int((valid < block).sum()))
+    out, lse = block_sparse_attention(q, *first, indices, counts, valid, block, 0.3, tails, *second)
+    want, want_lse = oracle(q, *whole, indices, counts, valid, block, 0.3)
+    assert (out.double().cpu() - want).norm() / want.norm() <= BOUND[q.dtype]
+    torch.testing.assert_close(lse.double().cpu(), want_lse, atol=1e-3, rtol=1e-6)
+
+
 @pytest.mark.parametrize("last", [7, 16])
 def test_shared_run_of_blocks(case, last):
     """All rows keep 1 to 3, side by side; the rest differs in number. Then all to the partly filled end."""
@@ -284,7 +305,12 @@ def test_rows_go_where_they_are_sent(case):
     straight, lse = attend(problem)
     out, lse_too = attend(dataclasses.replace(problem, rows=places, length=length))
     assert out.shape == (1, 3, length, q.shape[3]) and out.transpose(1, 2).is_contiguous()
-    assert torch.equal(out[:, :, places[:-3].long()], straight[:, :, :-3]) and torch.equal(lse, lse_too)
+    assert torch.equal(out[:, :, places[:-3].long()], straight[:, :, :-3]) and torch.equal(lse[:, :, :-3], lse_too[:, :, :-3])
+    # The queries' storage may end at the last true row, too.
+    long = torch.full((1, length + 3, 3, q.shape[3]), float("nan"), dtype=q.dtype, device=q.device)
+    long[:, :length] = q[:, :, :length].transpose(1, 2)
+    short, _ = attend(dataclasses.replace(problem, q=long[:, :length].transpose(1, 2), rows=places, length=length))
+    assert torch.equal(short, out)
 
 
 # The tile sizes that are used for real, which the interpreter would take long over.

@@ -68,18 +68,18 @@ def traced():
 def test_an_operator_is_its_launches(traced):
     """Text, history and the current queries, keys and values are packed (in decode, current keys need no order), blocks chosen and read."""
     names = [name for name, *_ in traced["launches"]]
-    assert names == ["pack_kernel"] * 5 + ["select_kernel"] + ["block_sparse_kernel"] * 2
+    assert names == ["pack_kernel"] * 5 + ["score_kernel", "rank_kernel"] + ["block_sparse_kernel"] * 2
     assert traced["ours"] == [] and traced["result"] == [1, 4, 768, 64]
 
 
 def test_what_a_launch_writes_is_known(traced):
     """Else a compiler would copy every tensor that a launch is handed."""
     by_name = {name: written for name, _, written in traced["launches"]}
-    assert by_name == {"pack_kernel": ["OUT", "MEANS"], "select_kernel": ["SCORES", "INDICES", "COUNTS", "TAILS"], "block_sparse_kernel": ["OUT", "LSE"]}
+    assert by_name == {"pack_kernel": ["OUT", "MEANS"], "score_kernel": ["SCORES"], "rank_kernel": ["INDICES", "COUNTS", "TAILS"], "block_sparse_kernel": ["OUT", "LSE"]}
 
 
 def test_equal_launches_are_one_kernel(traced):
-    assert traced["kernels"] == 4  # packing, choosing, and two passes of attention of other stages
+    assert traced["kernels"] == 5  # packing, scoring, choosing, and two passes of attention of other stages
 
 
 @pytest.mark.parametrize(("name", "arguments", "says"), [

@@ -1,0 +1,108 @@
+"""Dense attention becomes one operator over its segments, as often as it stands there; what that operator cannot do stays."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models.worldplay import Size, WorldPlay, inputs
+from test_exact import Rewritten
+from torch import nn
+from tracing import TINY, Compiled, Traced
+
+from li_compile.passes.cost import cost
+from li_compile.passes.dense_attention import dense_attention
+
+ANYWHERE = functools.wraps(dense_attention)(functools.partial(dense_attention, anywhere=True))
+DENSE = torch.ops.li.dense_attention.default
+
+
+class Attends(nn.Module):
+    """Attention over text, history and its own tokens; ``change`` makes it another thing."""
+
+    def __init__(self, change: str = "") -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, q, text, history, own):
+        change, more = self.change, {}
+        keys = torch.cat([text, torch.cat([history, own], 2)], 2)
+        values = keys if change == "shared" else torch.cat([text * 2, history * 2, own * 2], 2)
+        if change == "other pieces":
+            values = torch.cat([torch.cat([text, history], 2).cumsum(2), own * 2], 2)
+        if change == "scale":
+            more = {"scale": 0.3}
+        if change == "mask":
+            more = {"attn_mask": torch.ones(q.shape[2], keys.shape[2], dtype=torch.bool).tril(3)}
+        if change == "causal":
+            more = {"is_causal": True}
+        if change == "groups":
+            q, more = q.repeat(1, 2, 1, 1), {"enable_gqa": True}
+        if change == "broadcast":
+            q = q.repeat(2, 1, 1, 1)
+        return F.scaled_dot_product_attention(q, keys, values, **more)
+
+
+def rewritten(change: str = "") -> Rewritten:
+    torch.manual_seed(0)
+    return Rewritten(Attends(change), *(torch.randn(1, 2, n, 8) for n in (6, 3, 12, 6)), passes=(ANYWHERE,))
+
+
+@pytest.mark.parametrize(("change", "segments"), [("", 3), ("shared", 3), ("scale", 3), ("other pieces", 1)])
+def test_it_fires_once(change, segments):
+    done = rewritten(change)
+    assert done.count == 1 and done.error() <= 1e-6
+    (node,) = [n for n in done.module.graph.nodes if n.target is DENSE]
+    assert len(node.args[1]) == len(node.args[2]) == segments
+    cats = [n for n in done.module.graph.nodes if n.target is torch.cat]
+    assert (not cats) == (segments == 3), "what the operator reads apart is not concatenated"
+
+
+@pytest.mark.parametrize("change", ["mask", "causal", "groups", "broadcast"])
+def test_look_alikes_stay(change):
+    done = rewritten(change)
+    assert done.count == 0 and not [n for n in done.module.graph.nodes if n.target is DENSE]
+
+
+@pytest.mark.parametrize("form", ["flat", "regions"])
+def test_a_model_has_one_a_block(form):
+    torch.manual_seed(0)
+    model = WorldPlay(Size(depth=3), regional=form == "regions").eval()
+    given = inputs(model)
+    done = Rewritten(Traced(lambda x: model(**(given | {"x": x})), given["x"]), given["x"], passes=(ANYWHERE,))
+    assert done.count == 3 and done.error() <= 1e-6
+
+
+def test_operations_are_counted_as_before():
+    torch.manual_seed(0)
+    before = Rewritten(Attends(), *(torch.randn(1, 2, n, 8) for n in (6, 3, 12, 6)), passes=())
+    assert cost(rewritten().module)[0] == cost(before.module)[0] > 0
+
+
+def test_without_a_kernel_attention_is_left_to_pytorch_and_the_report_says_so():
+    torch.manual_seed(0)
+    model = WorldPlay(Size(depth=1)).eval()
+    given = inputs(model)
+    compiled = Compiled(Traced(lambda x: model(**(given | {"x": x})), given["x"]), TINY | {"preset": "exact"})
+    (variant,) = compiled.graph.variants
+    assert variant.counts()["dense_attention"] == 0
+    assert "left to PyTorch" in str(compiled.report)
+
+
+def test_where_there_is_a_kernel_it_is_used_in_any_preset(monkeypatch):
+    """Every attention of preset exact; of a sparse model those that stay dense."""
+    monkeypatch.setattr("li_compile.passes.dense_attention.why_no_dense_kernel", lambda q, keys: None)
+    torch.manual_seed(0)
+    model = WorldPlay(Size(depth=2)).eval()
+    given = inputs(model)
+    want = model(**given)
+    cases = (({"preset": "exact"}, 2), ({"preset": "sparse", "sparse.min_context": 0}, 1), ({"preset": "exact", "exact.dense_attention": False}, None))
+    for options, count in cases:
+        compiled = Compiled(Traced(lambda x: model(**(given | {"x": x})), given["x"]), TINY | {"lowering": "eager"} | options)
+        (variant,) = compiled.graph.variants
+        assert variant.counts().get("dense_attention") == count, options
+        if options["preset"] == "exact":
+            got = compiled(given["x"])
+            assert (got - want).norm() / want.norm() <= 1e-5
