@@ -7,10 +7,12 @@ either: of 54 blocks only those are that the pass touched.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
 from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._pytree import tree_leaves
 
 from li_compile.patterns._compat import faking
 from li_compile.patterns.graph import REGION, all_graphs, name_of, subgraphs
@@ -18,6 +20,7 @@ from li_compile.patterns.graph import REGION, all_graphs, name_of, subgraphs
 from .regions import drop_dead
 
 LAST = "li_last_run"
+SYMBOL = re.compile(r"\b[su]\d+\b")
 # Methods that change the shape of what they are given: results that were kept would be changed twice.
 RESHAPING = {"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "resize_", "resize_as_", "set_", "as_strided_"}
 
@@ -53,11 +56,24 @@ class _Propagate(Interpreter):
 
     def call_function(self, target, args, kwargs):
         if target is REGION:  # walk the region itself, so that its nodes get shapes too; once, as all calls are alike
-            key = (args[0], str([layout(x) for x in args[2:]]))  # as text: symbolic sizes cannot be hashed
-            if key not in self.regions:
-                self.regions[key] = _Propagate(args[0], self.mode).run(*args[2:])
-            return self.regions[key]
+            text, own = _renamed([layout(x) for x in args[2:]])
+            key = (args[0], text)
+            if key not in self.regions or not _fits(*self.regions[key], own):
+                self.regions[key] = _Propagate(args[0], self.mode).run(*args[2:]), own
+            return self.regions[key][0]
         return super().call_function(target, args, kwargs)
+
+
+def _renamed(layouts) -> tuple[str, list[str]]:
+    """Layouts as text, symbols of sizes numbered as they come (each block's cache has its own), and what those are."""
+    text = str(layouts)
+    names = list(dict.fromkeys(SYMBOL.findall(text)))
+    return SYMBOL.sub(lambda found: f"size {names.index(found[0])}", text), names
+
+
+def _fits(result, names: list[str], own: list[str]) -> bool:
+    """Whether what a region gave for sizes of some names is what it gives for others: their names do not occur in it."""
+    return names == own or not set(names) & set(SYMBOL.findall(str([layout(x) for x in tree_leaves(result)])))
 
 
 def _same(a, b) -> bool:

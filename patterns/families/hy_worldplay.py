@@ -15,6 +15,7 @@ import torch
 
 from .._compat import settle_sizes, undisabled
 from ..registry import Family, register_family
+from ..trace_once import traced_once
 from .hy_rollout import MODEL, PIPELINE, attach
 
 PACKAGE = "hyvideo"
@@ -63,7 +64,7 @@ def region(forward, stream, kind, infer_state):
     """
     kept, written = f"cache_{kind}", (f"k_{kind}", f"v_{kind}")
 
-    @torch.compiler.nested_compile_region
+    @traced_once
     def block(self, x, keep, names, tensors, entries, cached):
         options = dict(zip(names, tensors)) | {kept: keep, "block_idx": 0, "kv_cache": [dict(zip(entries, cached))] if entries else None}
         x, new = forward(self, **{stream: x}, attn_param=None, **options)

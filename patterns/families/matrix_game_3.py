@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from .._compat import dynamo_config
 from ..registry import Family, register_family
+from ..trace_once import traced_once
 from .matrix_game_3_clip import IMAGE, PAST
 
 PACKAGE = "wan.modules"
@@ -167,7 +168,7 @@ def real_table(freqs, device):
 @functools.cache
 def as_region(forward):
     """A block's forward, as a region that is compiled once for all blocks of a kind."""
-    run = torch.compiler.nested_compile_region(lambda block, x, given: forward(block, x, **given))
+    run = traced_once(lambda block, x, given: forward(block, x, **given))
 
     def region_forward(self, x, **given):
         return run(self, x, given)
