@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from li_compile.passes.invariants import stays
 from li_compile.patterns.effects import written
-from li_compile.patterns.graph import placeholders, value
+from li_compile.patterns.graph import ancestors, placeholders, value
 
 COND = torch.ops.higher_order.cond
 NAME = "branch_constant_{}"
@@ -66,7 +66,10 @@ def hoist(module: GraphModule) -> None:
                 for x in fixed:
                     made[x] = module.graph.node_copy(x, made.__getitem__)
             for x in [x for x in fixed if any(u not in made for u in x.users)]:
-                operands = (*operands, made[x])
+                with module.graph.inserting_before(node):  # of its own: two operands must not share memory, as parts of one table would
+                    own = module.graph.call_function(torch.ops.aten.clone.default, (made[x],))
+                own.meta = dict(x.meta)
+                operands = (*operands, own)
                 inside = {b: _input(b, f"hoisted_{len(operands)}") for b in branches}
                 for given in inside.values():
                     given.meta = dict(x.meta)
@@ -80,12 +83,18 @@ def hoist(module: GraphModule) -> None:
 
 
 def _fixed(branch: GraphModule) -> list[Node]:
-    """The nodes of a branch that depend on no input, in order; values that are several are read one by one."""
+    """The nodes of a branch that depend on no input, in order; values that are several are read one by one. Without those that make what the
+    branch returns: it must not return an operand."""
     changing, fixed = written(branch.graph), {}
     for n in branch.graph.nodes:
         if isinstance(value(n), (torch.Tensor, list, tuple)) and stays(n, changing) and all(x in fixed for x in n.all_input_nodes):
             fixed[n] = None
-    return list(fixed)
+    (output,) = branch.graph.find_nodes(op="output")
+    returned, kept = set(ancestors([x for x in output.all_input_nodes if x in fixed])), {}
+    for n in fixed:
+        if n not in returned and all(x in kept for x in n.all_input_nodes):
+            kept[n] = None
+    return list(kept)
 
 
 def _input(branch: GraphModule, name: str) -> Node:

@@ -24,7 +24,7 @@ GATHER_MOST = 8.0  # times the keys and values' own bytes that gathering blocks 
 
 #: Target -> what "auto" tries, in order. operator: called as it is; dense: written out with nothing left out; domain: a node of the ONNX
 #: domain li_compile; compiled: our Triton kernels become a part of the package.
-AUTO = {"exported_program": ("operator",), "aot_inductor": ("operator",), "onnx": ("native", "dense", "domain"), "tensorrt": ("native", "segment")}
+AUTO = {"exported_program": ("operator",), "aot_inductor": ("compiled", "operator"), "onnx": ("native", "dense", "domain"), "tensorrt": ("native", "segment")}
 ASKED = {
     "exported_program": {"native": ("native", "operator"), "segment": ("operator",)},
     "aot_inductor": {"compiled": ("compiled", "operator"), "native": ("native", "operator"), "segment": ("operator",)},
