@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from li_compile.kernels.dense_attention import why_no_dense_kernel
 from li_compile.patterns import Miss
-from li_compile.patterns.attention import flatten_cat
+from li_compile.patterns.attention import equal_lengths, flatten_cat
 from li_compile.patterns.graph import SDPA, argument, calls, hint, known, region_calls, shape, source_line, subgraphs, value
 
 from .record import Record
@@ -37,7 +37,7 @@ def dense_attention(module: GraphModule, anywhere: bool = False) -> Record:
                 continue
             query, key, val = (argument(node, i, n) for i, n in enumerate(("query", "key", "value")))
             keys, values = flatten_cat(key, 2), flatten_cat(val, 2)
-            if len(keys) != len(values) or not all(known(shape(k)[2] == shape(v)[2]) for k, v in zip(keys, values)):
+            if len(keys) != len(values) or not all(equal_lengths(shape(k)[2], shape(v)[2]) for k, v in zip(keys, values)):
                 keys, values = [key], [val]
             scale = argument(node, 6, "scale") or shape(query)[3] ** -0.5
             with graph.inserting_before(node):

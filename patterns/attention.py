@@ -129,7 +129,7 @@ def _layer(module: GraphModule, region: str, call: Node, weight: Node) -> str:
     return weight.name
 
 
-def _equal(a, b) -> bool:
+def equal_lengths(a, b) -> bool:
     """Whether two lengths are one: Dynamo gives the keys and the values of a cache a symbol each, and nothing in between
     says that they are equal, though attention could not take anything else."""
     return known(a == b) or (not isinstance(a, int) and not isinstance(b, int) and hint(a) is not None and hint(a) == hint(b))
@@ -149,7 +149,7 @@ def read_site(module: GraphModule, region: str, node: Node, grids: list[tuple[in
     if argument(node, 7, "enable_gqa", default=False) or not known(q_shape[1] == k_shape[1]):
         return refuse("queries and keys have different numbers of heads")
     keys, values = flatten_cat(key, 2), flatten_cat(val, 2)
-    if len(keys) != len(values) or not all(_equal(shape(k)[2], shape(v)[2]) for k, v in zip(keys, values)):
+    if len(keys) != len(values) or not all(equal_lengths(shape(k)[2], shape(v)[2]) for k, v in zip(keys, values)):
         return refuse("keys and values are not concatenated from segments of equal lengths")
     mine, linears = projection_inputs(query)
     if not linears:

@@ -60,6 +60,17 @@ def test_it_fires_once(change, segments):
     assert (not cats) == (segments == 3), "what the operator reads apart is not concatenated"
 
 
+def test_a_caches_keys_and_values_may_have_symbols_of_their_own():
+    """Nothing in such a graph says that they are of one length, though attention could take nothing else."""
+    given = [torch.randn(1, 2, n, 8) for n in (6, 12, 12, 6, 6)]
+    for cached in given[1:3]:
+        torch._dynamo.mark_dynamic(cached, 2)
+    fn = lambda q, k_cache, v_cache, k, v: F.scaled_dot_product_attention(q, torch.cat([k_cache, k], 2), torch.cat([v_cache, v], 2))
+    done = Rewritten(Traced(fn, *given), *given, passes=(ANYWHERE,))
+    (node,) = [n for n in done.module.graph.nodes if n.target is DENSE]
+    assert len(node.args[1]) == len(node.args[2]) == 2 and done.error() <= 1e-6
+
+
 @pytest.mark.parametrize("change", ["mask", "causal", "groups", "broadcast"])
 def test_look_alikes_stay(change):
     done = rewritten(change)

@@ -2,8 +2,8 @@
 
 Upstream keeps its attention from the compiler and asks inside of the forward pass which attention packages can be imported:
 a graph would break at each. Where both are out of the way, a context encoding and a denoising step are one graph each. Its
-blocks become regions that are handed tensors alone, their own entries of the cache: from torch 2.13 on one block is traced,
-and with any torch one is compiled, in place of all 54.
+blocks become regions that are handed tensors alone, their own entries of the cache: one block is traced and compiled in place
+of all 54.
 """
 
 from __future__ import annotations
