@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._compat import capability, has_triton, interpreting
-from .launching import launcher, on_device
+from .launching import capturing, launcher, on_device
 from .providers import Provider, register_provider, select_provider
 
 __all__ = ["Choice", "block_scores", "choose", "choose_blocks", "part_counts"]
@@ -209,6 +209,8 @@ def _run_triton(choice: Choice):
     keep = choice.keep
     strides = [0 if size == 1 else stride for size, stride in zip(keep.shape, keep.stride())]
     forced = choice.forced
+    if forced is not None:  # as bytes; Inductor 2.11 cannot view a constant of bools, and copies it
+        forced = forced.to(torch.uint8) if capturing() else forced.contiguous().view(torch.uint8)
     with on_device(counts.device):
         launcher(score_kernel)[(-(-blocks // launch.rows), launch.splits, batch * heads)](
             choice.q_means.contiguous(), choice.k_means.contiguous(), choice.q_counts, choice.k_counts, scores, blocks, choice.candidates,
@@ -216,7 +218,7 @@ def _run_triton(choice: Choice):
             num_warps=launch.warps,
         )  # fmt: skip
         launcher(rank_kernel)[(-(-blocks // launch.ranked), heads, batch)](
-            scores, choice.valid, choice.valid if forced is None else forced.to(torch.uint8), keep, indices, counts, tails, bias,
+            scores, choice.valid, choice.valid if forced is None else forced, keep, indices, counts, tails, bias,
             heads, blocks, choice.candidates, choice.first, total, choice.pitch, *strides, ROWS=launch.ranked, WIDTH=width, AROUND=around,
             BLOCK=choice.block_size, HAS_FORCED=forced is not None, SUMMARY=choice.summary, num_stages=2, num_warps=launch.rank_warps,
         )  # fmt: skip

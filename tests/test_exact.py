@@ -214,7 +214,8 @@ def write(how, x, y):
 
 @pytest.mark.parametrize(("how", "count", "reason"), [
     ("plain", 2, ""), ("given", 0, "what the graph was given"), ("an old view", 0, "view that was taken before"),
-    ("a view of a view", 0, "view that was taken before"), ("in place too", 0, "other ways"), ("computed", 0, "computed places"),
+    ("a view of a view", 0, "view that was taken before"), ("in place too", 0, "other ways"),
+    pytest.param("computed", 0, "computed places", marks=pytest.mark.skipif(torch.__version__.startswith("2.11."), reason="Dynamo 2.11 traces no such write")),
     ("more dimensions", 0, "more dimensions")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_writes(how, count, reason, dtype):
