@@ -37,7 +37,7 @@ def block_sparse_attention(q, k, v, block_indices, block_counts, kv_valid, block
             past the count are not looked at.
         block_counts: int32 ``[B, H, nq]``: how many, from 0 to pitch.
         kv_valid: int32 ``[blocks]``: true keys of each block, from 0 to block_size; the rest of the block is masked. The
-            last block need not be there as a whole: its storage may end at its last true key.
+            last block of k, and of current_k, need not be there as a whole: its storage may end at its last true key.
         block_size: tokens of a block.
         scale: factor on the scores, above 0.
         tails: int32 ``[B, H, nq]``: so many entries at the end of a list may be partly filled blocks; all before them

@@ -1,4 +1,4 @@
-"""The operator ``li::choose_blocks``: which key blocks each query block keeps. One launch, lists on the device.
+"""The operator ``li::choose_blocks``: which key blocks each query block keeps. Two launches, lists on the device.
 
 After the paper (arXiv 2605.31158, 3-D block-sparse attention; method notes C.3), with its numerical defects mended:
 means divide by the true number of tokens, padding takes no part, and scores are fp32 (in bf16 they tie at the threshold
