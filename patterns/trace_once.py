@@ -35,7 +35,12 @@ def traced_once(function: Callable) -> Callable:
 
 
 def alike(one: nn.Module, other: nn.Module) -> bool:
-    """Whether a trace of one module is one of the other: equal classes and attributes down to the last submodule, and tensors of equal kinds."""
+    """Whether a trace of one module is one of the other: equal classes and attributes down to the last submodule, and tensors of equal kinds, of
+    which the same ones are one."""
+    return _alike(one, other) and _ties(one) == _ties(other)
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
     if type(one) is not type(other):
         return False
     a, b = vars(one), vars(other)
@@ -43,7 +48,17 @@ def alike(one: nn.Module, other: nn.Module) -> bool:
         return False
     tensors = [(x, b[name][key]) for name in STATE[:2] for key, x in a[name].items()]
     return all(_same(value, b[name]) for name, value in a.items() if name not in STATE) and all(_kind(x) == _kind(y) for x, y in tensors) \
-        and all(x is y or x is not None and y is not None and alike(x, y) for key, x in a["_modules"].items() for y in [b["_modules"][key]])
+        and all(x is y or x is not None and y is not None and _alike(x, y) for key, x in a["_modules"].items() for y in [b["_modules"][key]])
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+
+
+def _ties(module: nn.Module) -> list[int]:
+    """For each of a module's tensors the first place where it stands."""
+    first: dict[int, int] = {}
+    return [first.setdefault(id(x), i) for i, x in enumerate(_tensors(module).values())]
 
 
 def _same(x: Any, y: Any) -> bool:
@@ -218,11 +233,15 @@ def _stamped(tx, trace: _Trace, module, tensors, symbols):
     for holds in trace.sizes:
         if not env.evaluate_expr(holds.xreplace(renamed)):
             raise _Unlike
-    names = {id(t): name for pairs in (trace.module.named_parameters(remove_duplicate=False), trace.module.named_buffers(remove_duplicate=False))
-             for name, t in pairs}  # fmt: skip
-    own = dict(module.value.named_parameters(remove_duplicate=False)) | dict(module.value.named_buffers(remove_duplicate=False))
+    names = {id(t): name for name, t in _tensors(trace.module).items()}
+    own = _tensors(module.value)
 
     def operand(node):
+        given = node.meta.get("grapharg") if node.op == "placeholder" else None
+        source = None if given is None else _moved(given.source, trace.source, module.source)
+        name = None if given is None else names.get(id(given.example))
+        if name is not None and (source is None or node in trace.tensors):  # a weight that is someone else's too
+            raise _Unlike
         if node in trace.tensors:
             return tensors[trace.tensors.index(node)].as_proxy()
         value = node.meta.get("example_value")
@@ -231,12 +250,10 @@ def _stamped(tx, trace: _Trace, module, tensors, symbols):
             if not isinstance(found, torch.fx.Proxy):  # one that becomes an input when it is asked for
                 found = tracer.bound_symbols[symbol] = found()
             return found
-        if node.op == "placeholder" and (given := node.meta.get("grapharg")) is not None:
-            source = _moved(given.source, trace.source, module.source)
-            if source is None and not isinstance(value, torch.SymInt):  # the same for all
-                return torch.fx.Proxy(node, tracer)
-            if source is not None and (name := names.get(id(given.example))) is not None:
-                return VariableTracker.build(tx, own[name], source).realize().as_proxy()
+        if given is not None and source is None and not isinstance(value, torch.SymInt):  # the same for all
+            return torch.fx.Proxy(node, tracer)
+        if name is not None:
+            return VariableTracker.build(tx, own[name], source).realize().as_proxy()
         raise _Unlike
 
     def size(n):

@@ -117,6 +117,30 @@ def test_a_block_that_differs_is_traced_by_itself(model, change):
     check(model, compiled(model), torch.randn(3, 8))
 
 
+def test_weights_that_are_tied_in_one_block_alone(model):
+    one = model.blocks[0]
+    one.norm.bias = one.linear.bias
+    assert not alike(one, model.blocks[1]) and alike(model.blocks[1], model.blocks[2])
+    if STAMPS:  # PyTorch 2.14 itself stamps out the first block's tie
+        check(model, compiled(model), torch.randn(3, 8))
+
+
+@pytest.mark.skipif(not STAMPS, reason="PyTorch 2.14 itself does it wrong")
+def test_a_weight_of_the_first_block_that_is_someone_elses_too(model):
+    """Dynamo knows it under the other's name, which is no block's."""
+
+    class Tied(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.weight, self.inner = inner.blocks[0].linear.weight, inner
+
+        def forward(self, x):
+            return self.inner(x @ self.weight)
+
+    tied = Tied(model).eval()
+    check(tied, compiled(tied), torch.randn(3, 8))
+
+
 @pytest.mark.parametrize("block", [0, pytest.param(3, marks=pytest.mark.skipif(not STAMPS, reason="PyTorch 2.14 itself guards the traced block alone"))])
 def test_what_changes_later_is_noticed(model, block):
     fast, x = compiled(model), torch.randn(3, 8)
