@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
-from tracing import Traced, dynamic, fired, keep, relative, world_inputs
+from tracing import OLD, Traced, dynamic, fired, keep, relative, world_inputs
 
 from li_compile import _compat
 from li_compile.kernels.sparse_attention import CONTEXT, CURRENT, TEXT
@@ -26,7 +26,6 @@ from li_compile.policy import plan_context
 
 PRESETS = ("off", "exact", "context", "sparse", "cache", "all")
 STEPS, DEPTH = 3, 2
-OLD = torch.__version__.startswith("2.11.")
 
 
 def regional(traced) -> bool:
@@ -86,7 +85,7 @@ def test_the_hand_written_chunk_is_the_model(world):
 # prefill's last attention is computed for nobody, which in one flat graph is dead code like any other, and in regions a tail.
 def expected(preset: str, regional: bool) -> dict:
     rows = {"equal_rows": DEPTH * (STEPS + 1) + STEPS, "invariants": 42 if regional else 48} | ({"dead_tails": 1} if regional else {})
-    if OLD and regional:  # Dynamo 2.11 gives regions that are alike apart from sizes that they do not read
+    if OLD and regional:
         rows |= {"merge_regions": 2}
     decode = STEPS * (DEPTH - 1)
     # A context whose length is dynamic is packed where it is read.
@@ -181,7 +180,7 @@ def test_exact_is_the_model_in_double_precision(tiny_world, monkeypatch):
     sampler = doom.ChunkSampler(tiny_world(depth=1).double(), steps=2)
     inputs = [x.double() if x.is_floating_point() else x for x in world_inputs(tiny_world(depth=1), 8)]
     compiled = Traced(sampler, *inputs).compile(preset="exact")
-    more = {"invariants": 32, "dead_tails": 1} if OLD else {"invariants": 29}  # the regions that Dynamo makes of it differ
+    more = {"invariants": 32, "dead_tails": 1} if OLD else {"invariants": 29}
     assert fired(compiled.report.counts()) == {"equal_rows": 5, "share_steps": 2} | more
     with torch.no_grad():
         result, want = compiled(*inputs), sampler(*inputs)

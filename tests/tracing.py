@@ -19,6 +19,10 @@ TINY = {"lowering": "eager", "strict": True, "context.policy": "authors", "conte
         "sparse.block_size": 16}
 
 
+#: Dynamo 2.11 makes other regions of equal blocks than later versions, so that passes find other numbers of places in them.
+OLD = torch.__version__.startswith("2.11.")
+
+
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
     """Relative L2 distance."""
     return ((got - want).norm() / want.norm()).item()
