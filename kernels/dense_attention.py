@@ -16,7 +16,7 @@ from torch import Tensor
 from . import block_sparse_hopper
 from .launching import capturing
 from .layout import block_valid, cached, laid_out, num_blocks
-from .problem import Problem
+from .problem import Problem, check_alike
 from .providers import Provider, register_provider, select_provider
 
 __all__ = ["attend_densely", "dense_attention", "why_no_dense_kernel"]
@@ -56,10 +56,7 @@ def attend_densely(q: Tensor, k: Sequence[Tensor], v: Sequence[Tensor], scale: f
     """:func:`dense_attention` without the dispatcher around it, for operators that are opaque already."""
     if not k or [x.shape for x in k] != [x.shape for x in v]:
         raise ValueError(f"k and v need the same segments, at least one; found {[tuple(x.shape) for x in k]} and {[tuple(x.shape) for x in v]}.")
-    for x in (*k, *v):
-        if x.dim() != 4 or x.shape[:2] != q.shape[:2] or x.shape[3] != q.shape[3] or x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"Every segment must share batch, heads, head_dim, dtype and device with q, {tuple(q.shape)} {q.dtype} {q.device}; "
-                             f"found {tuple(x.shape)} {x.dtype} {x.device}.")  # fmt: skip
+    check_alike(q, (*k, *v))
     provider, _ = select_provider(NAME, q, sum(x.shape[2] for x in k))
     return provider.run(q, list(k), list(v), scale)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from .block_sparse import attend
 from .layout import block_valid, num_blocks
 from .plan import CONTEXT
-from .problem import Problem
+from .problem import Problem, check_alike
 
 __all__ = ["frame_attention"]
 
@@ -82,10 +82,7 @@ def _check(q, k, v, roles, frames, tokens) -> None:
     if len(k) != len(roles) or [x.shape for x in v] != [x.shape for x in k] or list(roles).count(CONTEXT) != 1:
         raise ValueError(f"k, v and roles need the same segments, one of them context (1); found {[tuple(x.shape) for x in k]}, "
                          f"{[tuple(x.shape) for x in v]} and roles {list(roles)}.")
-    for x in (*k, *v):
-        if x.shape[:2] != q.shape[:2] or x.shape[3] != q.shape[3] or x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(f"Every segment must share batch, heads, head_dim, dtype and device with q, {tuple(q.shape)} {q.dtype} "
-                             f"{q.device}; found {tuple(x.shape)} {x.dtype} {x.device}.")
+    check_alike(q, (*k, *v))
     length = k[list(roles).index(CONTEXT)].shape[2]
     if tokens < 1 or length % tokens:
         raise ValueError(f"The context's {length} tokens are no whole frames of {tokens}.")

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from .layout import num_blocks
 
-__all__ = ["Problem"]
+__all__ = ["Problem", "check_alike"]
+
+
+def check_alike(q: Tensor, segments) -> None:
+    """Raise ValueError unless all segments of keys and values ``[B, H, any, D]`` are like q but for the length."""
+    for x in segments:
+        if x.dim() != 4 or x.shape[:2] != q.shape[:2] or x.shape[3] != q.shape[3] or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"Every segment must share batch, heads, head_dim, dtype and device with q, {tuple(q.shape)} {q.dtype} "
+                             f"{q.device}; found {tuple(x.shape)} {x.dtype} {x.device}.")  # fmt: skip
 
 
 @dataclass(frozen=True)

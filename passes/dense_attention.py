@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from li_compile.kernels.dense_attention import why_no_dense_kernel
 from li_compile.patterns import Miss
-from li_compile.patterns.attention import equal_lengths, flatten_cat
+from li_compile.patterns.attention import segments, why_not_plain
 from li_compile.patterns.graph import SDPA, argument, calls, hint, known, region_calls, shape, source_line, subgraphs, value
 
 from .record import Record
@@ -36,9 +36,7 @@ def dense_attention(module: GraphModule, anywhere: bool = False) -> Record:
                 record.misses.append(Miss("dense attention", node.name, f"left to PyTorch: {why}", source_line(node)))
                 continue
             query, key, val = (argument(node, i, n) for i, n in enumerate(("query", "key", "value")))
-            keys, values = flatten_cat(key, 2), flatten_cat(val, 2)
-            if len(keys) != len(values) or not all(equal_lengths(shape(k)[2], shape(v)[2]) for k, v in zip(keys, values)):
-                keys, values = [key], [val]
+            keys, values = segments(key, val) or ([key], [val])
             scale = argument(node, 6, "scale") or shape(query)[3] ** -0.5
             with graph.inserting_before(node):
                 new = graph.call_function(torch.ops.li.dense_attention.default, (query, keys, values, float(scale)))
@@ -51,10 +49,8 @@ def dense_attention(module: GraphModule, anywhere: bool = False) -> Record:
 
 def _why_not(node: Node, anywhere: bool) -> str | None:
     query, key, val = (argument(node, i, n) for i, n in enumerate(("query", "key", "value")))
-    if argument(node, 3, "attn_mask") is not None:
-        return "it has an attention mask"
-    if argument(node, 5, "is_causal", default=False) or (argument(node, 4, "dropout_p", default=0.0) or 0.0) != 0.0:
-        return "it is causal or has dropout"
+    if (why := why_not_plain(node)) is not None:
+        return why
     q, k, v = (value(n) for n in (query, key, val))
     if q.dim() != 4 or not all(known(x.shape[i] == q.shape[i]) for x in (k, v) for i in (0, 1, 3)):
         return "queries, keys and values differ in batch, heads or head_dim"

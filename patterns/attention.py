@@ -129,10 +129,26 @@ def _layer(module: GraphModule, region: str, call: Node, weight: Node) -> str:
     return weight.name
 
 
-def equal_lengths(a, b) -> bool:
+def _equal(a, b) -> bool:
     """Whether two lengths are one: Dynamo gives the keys and the values of a cache a symbol each, and nothing in between
     says that they are equal, though attention could not take anything else."""
     return known(a == b) or (not isinstance(a, int) and not isinstance(b, int) and hint(a) is not None and hint(a) == hint(b))
+
+
+def why_not_plain(node: Node) -> str | None:
+    """What an attention node has beyond queries, keys and values and a scale, None if nothing."""
+    if argument(node, 3, "attn_mask") is not None:
+        return "it has an attention mask"
+    if argument(node, 5, "is_causal", default=False) or (argument(node, 4, "dropout_p", default=0.0) or 0.0) != 0.0:
+        return "it is causal or has dropout"
+    return None
+
+
+def segments(key: Node, val: Node) -> tuple[list[Node], list[Node]] | None:
+    """What keys and values are concatenated from, None where these are not pairs of equal lengths."""
+    keys, values = flatten_cat(key, 2), flatten_cat(val, 2)
+    alike = len(keys) == len(values) and all(_equal(shape(k)[2], shape(v)[2]) for k, v in zip(keys, values))
+    return (keys, values) if alike else None
 
 
 def read_site(module: GraphModule, region: str, node: Node, grids: list[tuple[int, int]]) -> AttentionSite | Miss:
@@ -142,15 +158,13 @@ def read_site(module: GraphModule, region: str, node: Node, grids: list[tuple[in
     q_shape, k_shape = shape(query), shape(key)
     if q_shape is None or k_shape is None or len(q_shape) != 4 or len(k_shape) != 4:
         return refuse(f"queries and keys are {q_shape} and {k_shape}; needed: [batch, heads, tokens, head_dim]")
-    if argument(node, 3, "attn_mask") is not None:
-        return refuse("it has an attention mask")
-    if argument(node, 5, "is_causal", default=False) or (argument(node, 4, "dropout_p", default=0.0) or 0.0) != 0.0:
-        return refuse("it is causal or has dropout")
+    if (why := why_not_plain(node)) is not None:
+        return refuse(why)
     if argument(node, 7, "enable_gqa", default=False) or not known(q_shape[1] == k_shape[1]):
         return refuse("queries and keys have different numbers of heads")
-    keys, values = flatten_cat(key, 2), flatten_cat(val, 2)
-    if len(keys) != len(values) or not all(equal_lengths(shape(k)[2], shape(v)[2]) for k, v in zip(keys, values)):
+    if (parts := segments(key, val)) is None:
         return refuse("keys and values are not concatenated from segments of equal lengths")
+    keys, values = parts
     mine, linears = projection_inputs(query)
     if not linears:
         return refuse("no projection found above its queries")

@@ -131,10 +131,10 @@ def _install() -> None:
                     return _stamped(tx, trace, module, tensors, symbols)
                 except _Unlike:
                     break
-        before, sizes = set(tx.output.guards), tx.output.shape_env.guards
+        sizes = tx.output.shape_env.guards
         known = len(sizes)
         result = original(self, tx, args, kwargs)
-        made = _trace(key, module, tensors, symbols, result, [g for g in tx.output.guards if g not in before], [g.expr for g in sizes[known:]])
+        made = _trace(key, module, tensors, symbols, result, tx.output.guards, [g.expr for g in sizes[known:]])
         if made is not None:
             traces.append(made)
         return result
@@ -257,11 +257,12 @@ def _stamped(tx, trace: _Trace, module, tensors, symbols):
         raise _Unlike
 
     def size(n):
+        if isinstance(n, int):
+            return n
         if isinstance(n, torch.SymFloat):
             raise _Unlike
-        expression = n if isinstance(n, (int, bool)) else first_symbol(n).xreplace(renamed)
-        return expression if isinstance(n, (int, bool)) else env.create_symboolnode(expression) if isinstance(n, torch.SymBool) \
-            else env.create_symintnode(expression, hint=None)
+        expression = first_symbol(n).xreplace(renamed)
+        return env.create_symboolnode(expression) if isinstance(n, torch.SymBool) else env.create_symintnode(expression, hint=None)
 
     read = [operand(n) for n in trace.call.args[2:]]
     with tx.fake_mode:
