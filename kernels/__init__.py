@@ -9,6 +9,7 @@ if __name__ == "kernels":
 from .block_sparse import block_sparse_attention, expected_provider
 from .dense_attention import dense_attention
 from .frame_attention import frame_attention
+from .linear_gelu import linear_gelu
 from .pack import Encoding, pack, pack_
 from .plan import Density, density
 from .problem import Problem
@@ -28,6 +29,7 @@ __all__ = [
     "expected_provider",
     "explain_provider",
     "frame_attention",
+    "linear_gelu",
     "pack",
     "pack_",
     "pack_context",

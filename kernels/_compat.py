@@ -12,7 +12,7 @@ import os
 
 import torch
 
-__all__ = ["aot_compile", "body_of", "capability", "cpu_flash", "gluon", "has_triton", "interpreting", "real_tensors", "untraced"]
+__all__ = ["addmm_gelu", "aot_compile", "body_of", "capability", "cpu_flash", "gluon", "has_triton", "interpreting", "real_tensors", "untraced"]
 
 
 @functools.cache
@@ -35,6 +35,12 @@ def capability(device: torch.device) -> int:
 def body_of(operator):
     """The function that ``torch.library.custom_op`` made an operator of (2.11 to 2.14: ``CustomOpDef._init_fn``)."""
     return operator._init_fn
+
+
+def addmm_gelu(bias, x, weight):
+    """``gelu(x @ weight + bias)`` in its tanh form as one call of cuBLASLt, for CUDA tensors ``[N]``, ``[M, K]`` and ``[K, N]``
+    (2.11 to 2.14: ``_addmm_activation``, whose GELU is another one on a CPU)."""
+    return torch._addmm_activation(bias, x, weight, use_gelu=True)
 
 
 def cpu_flash(q, k, v, scale, bias=None):

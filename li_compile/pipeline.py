@@ -30,6 +30,7 @@ from li_compile.passes.index_slices import index_slices
 from li_compile.passes.invariants import invariants
 from li_compile.passes.islands import describe as describe_islands
 from li_compile.passes.islands import islands_in_tf32, lower_islands
+from li_compile.passes.linear_gelu import linear_gelu
 from li_compile.passes.merge_regions import merge_regions
 from li_compile.passes.normalize import normalize
 from li_compile.passes.pack_context import pack_context
@@ -60,6 +61,8 @@ from li_compile.reuse import apply_reuse, describe, found_loop
 # In this order: of equal regions the others then see one, values that are written in place cannot be moved, rows are found before equal
 # nodes are merged (which hides none).
 EXACT = (merge_regions, functional_writes, real_arithmetic, equal_rows, encode, small_products, invariants, dead_tails)
+# What puts operators of ours in the place of PyTorch's, which the others look for; of the blocks that come of it, equal ones are folded.
+LAST = (dense_attention, linear_gelu, repeated_blocks)
 
 
 @dataclasses.dataclass
@@ -230,10 +233,9 @@ def build(facts: Facts, config: Config, inputs: Sequence[Any], mode, *, kept: in
     variant = Base(copy.deepcopy(base.module), list(base.records), observe, base.settled)
     apply = partial(_apply, variant, config, inputs, mode)
     apply_reuse(apply, facts, config, reuse)
-    if config.exact.enabled and config.exact.dense_attention and not facts.empty:  # what the others look for is PyTorch's attention
-        apply("dense_attention", dense_attention)
-    if config.exact.enabled and config.exact.repeated_blocks and not facts.empty:
-        apply("repeated_blocks", repeated_blocks)
+    for run in LAST if config.exact.enabled and not facts.empty else ():
+        if getattr(config.exact, run.__name__):
+            apply(run.__name__, run)
     flops, moved = cost(variant.module)
     return variant.module, VariantReport(kept, reuse, variant.records, flops, moved)
 

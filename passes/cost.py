@@ -31,7 +31,7 @@ def _operations(node: Node) -> int | None:
     out = value(node)
     if not isinstance(out, torch.Tensor):
         return None
-    if calls(node, LINEAR):
+    if calls(node, LINEAR) or node.target is torch.ops.li.linear_gelu.default:
         return 2 * _size(out) * _dims(value(node.args[0]))[-1]
     if calls(node, CONV):
         weight = _dims(value(node.args[1]))

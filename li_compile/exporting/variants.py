@@ -51,7 +51,7 @@ def wanted(traced: Traced, config: Config, gates: str) -> list[tuple[int | None,
 def variants(traced: Traced, config: Config, gates: str) -> Iterator[Variant]:
     """Build them, by the same passes as the backend. Raises ExportError where a gate on the device cannot be had."""
     # What is compiled once is of no use where regions are inlined, and steps that are gated one by one are not made one region.
-    exact = dataclasses.replace(config.exact, repeated_blocks=False, encode=False, dense_attention=False, shared_steps=config.exact.shared_steps and gates != "device")
+    exact = dataclasses.replace(config.exact, repeated_blocks=False, encode=False, dense_attention=False, linear_gelu=False, shared_steps=config.exact.shared_steps and gates != "device")
     config = dataclasses.replace(config, exact=exact)
     facts, bases = traced.facts, {}
     for kept, reuse in wanted(traced, config, gates):
