@@ -15,7 +15,6 @@ from tracing import TINY, Compiled, Traced, relative
 from li_compile.kernels import linear_gelu as operator
 from li_compile.kernels import use_provider
 from li_compile.kernels.linear_gelu import why_no_epilogue
-from li_compile.passes.cost import cost
 from li_compile.passes.linear_gelu import linear_gelu
 
 ANYWHERE = functools.wraps(linear_gelu)(functools.partial(linear_gelu, anywhere=True))
