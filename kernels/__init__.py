@@ -9,12 +9,12 @@ if __name__ == "kernels":
 from .block_sparse import block_sparse_attention, expected_provider
 from .dense_attention import dense_attention
 from .frame_attention import frame_attention
-from .pack import Encoding, pack, pack_
+from .pack import Encoding, in_raster_order, in_tile_order, pack, pack_
 from .plan import Density, density
 from .problem import Problem
 from .providers import Provider, explain_provider, providers, register_provider, use_provider
 from .selection import choose_blocks
-from .sparse_attention import pack_context, sparse_attention, sparse_decode
+from .sparse_attention import pack_context, sparse_attention, sparse_decode, sparse_prefill
 
 __all__ = [
     "Density",
@@ -28,6 +28,8 @@ __all__ = [
     "expected_provider",
     "explain_provider",
     "frame_attention",
+    "in_raster_order",
+    "in_tile_order",
     "pack",
     "pack_",
     "pack_context",
@@ -35,5 +37,6 @@ __all__ = [
     "register_provider",
     "sparse_attention",
     "sparse_decode",
+    "sparse_prefill",
     "use_provider",
 ]
