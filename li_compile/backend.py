@@ -12,11 +12,12 @@ _LOCAL = threading.local()
 
 
 def light_interaction(gm, example_inputs: Sequence[Any], *, mode: str | None = None,
-                      options: Mapping[str, Any] | None = None) -> Callable:
+                      options: Mapping[str, Any] | None = None, ordered: bool = False) -> Callable:
     """Compile a traced graph: find the patterns, rewrite them, hand the rest to Inductor.
 
     ``torch.compile(fn, backend="light_interaction", options={"preset": "all", "sparse.topk_ratio": 0.2})``; options as
-    in :class:`li_compile.Config`, ``mode`` as for Inductor. Raises ConfigError for unknown options and modes.
+    in :class:`li_compile.Config`, ``mode`` as for Inductor. Raises ConfigError for unknown options and modes. ordered: of
+    :class:`li_compile.compiling.Compiled` alone, which watches over caches in tile order (li_compile/handover.py).
     """
     import torch
 
@@ -31,7 +32,7 @@ def light_interaction(gm, example_inputs: Sequence[Any], *, mode: str | None = N
 
     config = Config.from_options(options or {})
     patches = {**_compat.mode_patches(mode), **config.inductor}
-    key = digest(config.digest())
+    key = digest(config.digest() + " in tile order" * ordered)
 
     def lower(module, inputs):
         if config.lowering == "eager":
@@ -50,7 +51,7 @@ def light_interaction(gm, example_inputs: Sequence[Any], *, mode: str | None = N
     # Dynamo's fake values, with symbolic sizes where it made them dynamic; the example inputs may be real tensors.
     fakes = [value(p) for p in placeholders(gm.graph)]
     try:
-        facts = match(canonical(gm, fakes, config), config)
+        facts = match(canonical(gm, fakes, config), config, ordered)
     except LightInteractionError:
         raise
     except Exception as error:
