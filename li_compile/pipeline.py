@@ -24,6 +24,7 @@ from li_compile.passes.dead_tails import dead_tails
 from li_compile.passes.dense_attention import dense_attention
 from li_compile.passes.encode import encode
 from li_compile.passes.equal_rows import equal_rows
+from li_compile.passes.fold_encodings import fold_encodings
 from li_compile.passes.forward_stores import forward_stores
 from li_compile.passes.functional_writes import functional_writes
 from li_compile.passes.index_slices import index_slices
@@ -275,6 +276,7 @@ def prepare(facts: Facts, config: Config, inputs: Sequence[Any], mode, kept: int
             min_context=s.min_context, skip_layers=s.skip_layers, summary=s.summary, head_ratios=s.head_ratios))
         if facts.ordered:
             apply("tile_order", tile_order, needed=True)  # what is left as it is would choose among blocks of tokens from everywhere
+            apply("fold_encodings", fold_encodings)
         elif config.exact.enabled and config.exact.tile_order and facts.family is not None and facts.family.handed_on is not None:
             base.records.append(Record("tile_order", misses=[patterns.Miss("tile order", "graph", ANYWHERE)]))
         apply("pack_context", pack_context)

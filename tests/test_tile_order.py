@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -18,11 +20,16 @@ from li_compile.config import Config
 from li_compile.errors import LightInteractionError
 from li_compile.handover import Order
 from li_compile.kernels import in_tile_order
+from li_compile.passes.dead_tails import dead_tails
+from li_compile.passes.encode import encode
+from li_compile.passes.fold_encodings import fold_encodings
+from li_compile.passes.propagate import propagate, tidy
 from li_compile.passes.sparse_attention import sparse_attention
 from li_compile.passes.tile_order import tile_order
 from li_compile.patterns import registry
 from li_compile.patterns.families.hy_worldplay import FAMILY, handed_on
 from li_compile.patterns.graph import name_of, region_calls, subgraphs
+from li_compile.patterns.matching import match_attention
 from li_compile.pipeline import build
 
 SIZE, TILE = Size(depth=4), (4, 2, 2)
@@ -328,3 +335,58 @@ def test_what_is_remembered_is_a_tensor_until_it_is_written():
 def test_options_with_and_without_it_are_told_apart_in_caches():
     on, off = (Config.from_options({"exact.tile_order": t}) for t in (True, False))
     assert on.digest() != off.digest()
+
+
+# Encodings on the way into blocks.
+
+
+class Encoded:
+    """The rewritten graph of a call, with norm, rotary and camera encodings one operator, before and after they are folded."""
+
+    def __init__(self, form: str, call: str, between=lambda module: None):
+        self.graph, records = Graph(form, call), []
+        facts = dataclasses.replace(self.graph.traced.facts(**SPARSE.to_options()), ordered=True)
+        mode, s, self.module = torch._guards.detect_fake_mode(self.graph.traced.fakes), SPARSE.sparse, facts.module
+        sparse = functools.partial(sparse_attention, sites=[], topk_ratio=s.topk_ratio, prefill_ratio=s.prefill_ratio, tile=s.tile,
+                                   block_size=s.block_size, sub_blocks=s.sub_blocks, min_context=0, skip_layers=1)
+        for run in (functools.partial(encode, anywhere=True), dead_tails, lambda m: sparse(m, sites=match_attention(m, None, None)[0]), tile_order,
+                    between, fold_encodings):  # fmt: skip
+            self.before = copy.deepcopy(self.module)
+            self.before.recompile()
+            records.append(run(self.module))
+            tidy(self.module)
+            propagate(self.module, self.graph.traced.fakes, mode)
+        self.record = records[-1]
+
+
+@pytest.mark.parametrize(("form", "call", "layers"), [("flat", "encoding", 2), ("regions", "encoding", 2), ("flat", "step", 3), ("regions", "step", 3)])
+def test_attention_encodes_what_it_alone_reads(form, call, layers):
+    """Queries, keys and values of every sparse layer; those of the dense first and, in an encoding, of the last stay as they are."""
+    done = Encoded(form, call)
+    assert done.record.count == 3 * layers and not done.record.misses
+    left = {"encoding": 3 + 2, "step": 3}[call]
+    assert operators(done.before, "encode") == left + 3 * layers and operators(done.module, "encode") == left
+    size = 2 * SIZE.heads * SIZE.head_dim * 4 * SIZE.height * SIZE.width * (8 if call == "encoding" else 4)
+    assert f"which moves {layers * 3 * 2 * size / 1e6:,.0f} MB less" in done.record.details[0]
+    for got, want in zip(done.graph.run(done.module), done.graph.run(done.before), strict=True):
+        assert relative(got, want) <= 1e-5
+
+
+def test_what_is_read_elsewhere_or_seen_differently_is_not_folded():
+    def other_reader(module):
+        first = next(n for n in module.graph.nodes if name_of(n) == "sparse_attention")
+        with module.graph.inserting_after(first.args[0]):
+            more = module.graph.call_method("sum", (first.args[0],))
+        output = next(n for n in module.graph.nodes if n.op == "output")
+        output.args = ((*output.args[0], more),)
+
+    def other_eps(module):
+        node = next(n for n in module.graph.nodes if name_of(n) == "sparse_attention").args[0]
+        while name_of(node) != "encode":
+            node = node.args[0]
+        node.args = (*node.args[:2], 1e-3, *node.args[3:])
+
+    for change, says in ((other_reader, "not all of queries, keys and values are encoded for it alone"), (other_eps, "normalised or rotated differently")):
+        done = Encoded("flat", "step", lambda m: change(m))
+        assert done.record.count == 3 * 2 and says in done.record.misses[0].reason
+        assert relative(done.graph.run(done.module)[0], done.graph.run(done.before)[0]) <= 1e-5
