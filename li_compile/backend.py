@@ -27,7 +27,7 @@ def light_interaction(gm, example_inputs: Sequence[Any], *, mode: str | None = N
     from li_compile.errors import LightInteractionError, RewriteError
     from li_compile.patterns.graph import placeholders, value
     from li_compile.patterns.preparation import in_force, is_prepared
-    from li_compile.pipeline import canonical, digest, match, report_of
+    from li_compile.pipeline import canonical, digest, match, report_of, with_caches_in_order
     from li_compile.report import GraphReport
 
     config = Config.from_options(options or {})
@@ -51,7 +51,8 @@ def light_interaction(gm, example_inputs: Sequence[Any], *, mode: str | None = N
     # Dynamo's fake values, with symbolic sizes where it made them dynamic; the example inputs may be real tensors.
     fakes = [value(p) for p in placeholders(gm.graph)]
     try:
-        facts = match(canonical(gm, fakes, config), config, ordered)
+        facts = match(canonical(gm, fakes, config), config)
+        facts = with_caches_in_order(facts) if ordered else facts
     except LightInteractionError:
         raise
     except Exception as error:

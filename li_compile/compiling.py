@@ -80,7 +80,8 @@ class Compiled:
         return self.config.context.enabled and session is not None and session.scope is not None
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("original", "config", "preparation", "_arguments", "_run", "_dense", "_ordered", "_handed_on", "_report"):  # not set yet, as while unpickling
+        own = ("original", "config", "preparation", "_arguments", "_run", "_dense", "_ordered", "_handed_on", "_report")
+        if name in own:  # not set yet, as while unpickling
             raise AttributeError(name)
         return getattr(self.original, name)
 

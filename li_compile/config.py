@@ -73,8 +73,8 @@ class ExactConfig(_Section):
     dead_tails: a block computes only those of its outputs that are read.
     encode: norm, rotary and camera encodings of queries, keys and values are one operator, where there is a kernel for it.
     dense_attention: attention that stays dense is computed by the Hopper kernel, where that is faster, without concatenating keys and values.
-    tile_order: of a pipeline's rollout, the context's keys and values keep the tile order of block-sparse attention from the call that encodes
-        them to the steps that read them.
+    tile_order: in a pipeline's rollout, the context's keys and values keep the tile order of block-sparse attention from the call that
+        encodes them to the steps that read them, and what such attention alone reads is encoded on its way into that order.
     small_products: small matrices over many vectors, as of cameras, are written out as products and sums, which compilers fuse.
     merge_regions: equal blocks are compiled once.
     invariant_memory: share of the device's memory that values of single layers, the same in all denoising steps, may take from the first

@@ -144,9 +144,8 @@ def canonical(module: GraphModule, inputs: Sequence[Any], config: Config | None 
     return module
 
 
-def match(module: GraphModule, config: Config, ordered: bool = False) -> Facts:
-    """Find the patterns in a canonical graph. ordered: as in Facts; what a plan would drop from a cache cannot be found in one in tile order, and
-    was left out when it was made.
+def match(module: GraphModule, config: Config) -> Facts:
+    """Find the patterns in a canonical graph.
 
     A registered pattern that is ambiguous, disagrees with the graph or, named by the family, fires nowhere raises
     PatternError under ``strict``; else it is a warning, and what it concerns is left alone.
@@ -154,7 +153,7 @@ def match(module: GraphModule, config: Config, ordered: bool = False) -> Facts:
     family = family_of(config, module)
     left = find_spellings(module, family)
     sites, misses = match_attention(module, family, config.sparse.grid)
-    context, why, bad_context = match_context(module, sites, family) if not ordered else (None, [], [])
+    context, why, bad_context = match_context(module, sites, family)
     if context is not None:
         context, why = check_context(module, context, family.positions if family else None)
     loop, why_not, bad_loop = match_loop(module, family)
@@ -164,7 +163,13 @@ def match(module: GraphModule, config: Config, ordered: bool = False) -> Facts:
         if config.strict:
             raise PatternError(text)
         warnings.warn(text, stacklevel=3)
-    return Facts(module, sites, context, loop, [*left.misses, *wrong, *_told(misses, left), *why, *why_not], family, ordered)
+    return Facts(module, sites, context, loop, [*left.misses, *wrong, *_told(misses, left), *why, *why_not], family)
+
+
+def with_caches_in_order(facts: Facts) -> Facts:
+    """The facts of a graph whose caller hands on caches in tile order: what a plan would drop of a cache was left out when it was made, and could
+    not be found in it."""
+    return dataclasses.replace(facts, context=None, ordered=True)
 
 
 def _told(misses: list[patterns.Miss], left: Found) -> list[patterns.Miss]:
