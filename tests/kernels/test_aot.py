@@ -159,8 +159,8 @@ ENCODED = {"HEADS": 4, "NORMED": True, "ROTATED": True, "PROJECTED": True}
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("flags", [{}, ENCODED, ENCODED | {"PADDED": False, "AVERAGED": False, "ORDERED": False},
-                                   ENCODED | {"PADDED": False}, {"TOKENS": False, "PADDED": False, "ORDERED": False}],
-                         ids=["plain", "encoded", "encode", "order alone", "means alone"])
+                                   ENCODED | {"PADDED": False}, {"PADDED": False, "AVERAGED": False}, {"TOKENS": False, "PADDED": False, "ORDERED": False}],
+                         ids=["plain", "encoded", "encode", "kept in order", "order alone", "means alone"])
 def test_pack(flags, capability, tmp_path):
     from li_compile.kernels._pack_kernel import pack_kernel as kernel
 
