@@ -39,6 +39,7 @@ import li_compile  # noqa: E402
 from li_compile.exporting import family_inputs  # noqa: E402
 
 PEERS = ("eager", "Inductor")
+RECORDED = ", CUDA graphs"  # after Inductor or our backend: with what it compiles recorded and replayed
 #: Preset, empty for the case's own -> what is exported: target, and what is not the default about it.
 ARTIFACTS = {
     "exact": [("exported_program", {}), ("aot_inductor", {}), ("tensorrt", {})],
@@ -50,12 +51,13 @@ ARTIFACTS = {
 
 @dataclasses.dataclass
 class Case:
-    """model: in fp32; preset: what is measured beside "exact"; calls: name -> (args, kwargs), for a model of this dtype; inductor: a model -> through plain Inductor."""
+    """model: in fp32; preset: what is measured beside "exact"; calls: name -> (args, kwargs), for a model of this dtype; inductor: a model, and
+    whether with CUDA graphs -> through plain Inductor."""
 
     model: torch.nn.Module
     calls: Callable[[torch.nn.Module, torch.dtype], dict[str, tuple[list, dict]]]
     options: dict[str, Any]
-    inductor: Callable[[torch.nn.Module], Callable[..., Any]]
+    inductor: Callable[[torch.nn.Module, bool], Callable[..., Any]]
     preset: str = "all"
 
 
@@ -79,7 +81,8 @@ def world(device: torch.device, size: str, **_: Any) -> Case:
 
     options = {"context.fov": FOV} if size == "full" else {k: x for k, x in TINY.items() if k != "lowering"} | {
         "sparse.skip_layers": 0, "context.memory_frames": 8, "context.temporal_frames": 4}
-    return Case(ChunkSampler(model.to(device)), calls, options, lambda m: torch.compile(m, backend="inductor", dynamic=False))
+    return Case(ChunkSampler(model.to(device)), calls, options, lambda m, graphs: torch.compile(
+        m, backend="inductor", dynamic=False, mode="reduce-overhead" if graphs else None))
 
 
 def worldplay(device: torch.device, size: str, tree: str, blocks: int, context: int) -> Case:
@@ -92,7 +95,7 @@ def worldplay(device: torch.device, size: str, tree: str, blocks: int, context: 
         found["step"] = made.arguments("step", dtype) | {"kv_cache": module(**found["context"])}
         return {name: ([], kwargs) for name, kwargs in found.items()}
 
-    return Case(model, calls, options, lambda m: li_compile.compile(m, li_compile.Config(preset="off")), "sparse")
+    return Case(model, calls, options, lambda m, graphs: li_compile.compile(m, li_compile.Config(preset="off", cuda_graphs=graphs)), "sparse")
 
 
 def worldplay_steps(device: torch.device, size: str, tree: str, blocks: int, context: int) -> Case:
@@ -124,7 +127,7 @@ def worldplay_steps(device: torch.device, size: str, tree: str, blocks: int, con
             return latents
 
     return Case(Steps().eval(), calls, options | {"context.enabled": False, "cache.gate": "always", "cache.guard": None},
-                lambda m: li_compile.compile(m, li_compile.Config(preset="off")))
+                lambda m, graphs: li_compile.compile(m, li_compile.Config(preset="off", cuda_graphs=graphs)))
 
 
 def _worldplay(device: torch.device, size: str, tree: str, blocks: int, context: int):
@@ -219,16 +222,16 @@ class Bench:
 
     def peer(self, name: str) -> dict[str, Any]:
         torch._dynamo.reset()
-        run = self.model if name == "eager" else self.case.inductor(self.model)
+        run = self.model if name == "eager" else self.case.inductor(self.model, name.endswith(RECORDED))
         try:
             return self.measure(run, "eager", self.given)
         finally:
             if hasattr(run, "detach"):  # ours, which prepares the model
                 run.detach()
 
-    def backend(self, preset: str) -> dict[str, Any]:
+    def backend(self, preset: str, graphs: bool) -> dict[str, Any]:
         torch._dynamo.reset()
-        run = li_compile.compile(self.model, self.config(preset))
+        run = li_compile.compile(self.model, self.config(preset, cuda_graphs=graphs))
         try:
             return self.measure(run, preset, self.given)
         finally:
@@ -320,12 +323,14 @@ def main(case: str, tree: str = "", device: str = "cuda", dtype: str = "float16"
         print(name, json.dumps(rows[name]), flush=True)
         gc.collect()
 
-    for name in filter(asked, PEERS if measures else ()):
+    recorded = ("", RECORDED) if where.type == "cuda" else ("",)
+    for name in filter(asked, ("eager", *(f"Inductor{r}" for r in recorded)) if measures else ()):
         note(name, lambda: {"calls": bench.peer(name)})
     for preset, artifacts in ARTIFACTS.items():
         preset = preset or bench.case.preset
-        if asked(f"{preset}, backend") and measures:
-            note(f"{preset}, backend", lambda: {"calls": bench.backend(preset)})
+        for graphs in recorded if measures else ():
+            if asked(name := f"{preset}, backend{graphs}"):
+                note(name, lambda: {"calls": bench.backend(preset, bool(graphs))})
         for target, more in artifacts:
             name = ", ".join([preset, target, *(f"{k}={v}" for k, v in more.items())])
             if asked(name):

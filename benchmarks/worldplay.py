@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor")
     parser.add_argument("--warm-chunks", type=int, default=16, help="chunks of the first run, which compiles")
     parser.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="options of ours over each variant's")
+    parser.add_argument("--whole", action="store_true", help="run once more without waiting between the stages, and time the whole rollout")
     parser.add_argument("--no-equal-inputs", action="store_true", help="leave out the distances at equal inputs")
     args = parser.parse_args()
     os.environ["LI_COMPILE_HY_WORLDPLAY"] = args.tree
@@ -50,8 +51,8 @@ def main() -> None:
 
     setting = Setting(args)
     print(f"torch {torch.__version__}, {setting.where}, {args.size}, {len(setting.model.double_blocks)} blocks, {args.chunks} chunks, {args.trajectory}")
-    print("| variant | selection s | context s | denoising s | DiT core s | of eager | first run s | peak GiB | graphs | context latents | calls | distance |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print("| variant | selection s | context s | denoising s | DiT core s | of eager | whole s | first run s | peak GiB | reserved GiB | graphs | context latents | calls | distance |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     rows: dict[str, Row] = {}
     for name in args.variants:
         rows[name] = setting.measure(name)
@@ -65,9 +66,9 @@ def main() -> None:
 
 
 class Row:
-    def __init__(self, seconds, first, peak, graphs, kept, calls, latents, waits) -> None:
+    def __init__(self, seconds, whole, first, peak, reserved, graphs, kept, calls, latents, waits) -> None:
         self.seconds, self.first, self.peak, self.graphs, self.kept, self.calls, self.latents = seconds, first, peak, graphs, kept, calls, latents
-        self.waits = waits
+        self.whole, self.reserved, self.waits = whole, reserved, waits
 
     @property
     def core(self) -> float:
@@ -75,8 +76,9 @@ class Row:
 
     def line(self, name: str, eager: Row | None) -> str:
         s = self.seconds
+        number = lambda x: f"{x:.2f}" if x else ""
         cells = [name, *(f"{s[k]:.2f}" for k in ("selection", "context", "denoising")), f"{self.core:.2f}",
-                 f"{eager.core / self.core:.2f}x" if eager else "", f"{self.first:.0f}", f"{self.peak:.2f}" if self.peak else "",
+                 f"{eager.core / self.core:.2f}x" if eager else "", number(self.whole), f"{self.first:.0f}", number(self.peak), number(self.reserved),
                  str(self.graphs), str(self.kept), str(self.calls), f"{relative(self.latents, eager.latents):.1e}" if eager else ""]
         return f"| {' | '.join(cells)} |"
 
@@ -188,11 +190,23 @@ class Setting:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             latents = self.rollout(pipe)
+            # What lies in the memory of a CUDA graph counts as reserved alone.
+            peak, reserved = (f() / 2**30 if cuda else 0 for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved))
+            stages, whole = (dict(self.stages.seconds), self.stages.kept, self.stages.calls["denoising"]), self.whole(pipe) if self.args.whole else 0
         finally:
             undo()
-        peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        return Row(dict(self.stages.seconds), first, peak, graphs, self.stages.kept, self.stages.calls["denoising"], latents, syncs)
+        return Row(stages[0], whole, first, peak, reserved, graphs, *stages[1:], latents, syncs)
+
+    def whole(self, pipe) -> float:
+        """Seconds of a rollout from its first call to its last result, with nothing that waits in between."""
+        sync, self.stages.sync = self.stages.sync, lambda: None
+        sync()
+        start = time.perf_counter()
+        self.rollout(pipe)
+        sync()
+        self.stages.sync = sync
+        return time.perf_counter() - start
 
     def waits(self, pipe) -> str:
         """Where a chunk's calls wait for the device, by PyTorch's own warnings; the stages' own waits are none."""

@@ -8,14 +8,15 @@ holds the end of one tile and the start of the next, the two are neighbours in s
 
 The order of a grid is a prefix of the order of any longer one with whole time tiles, so history may be appended to.
 
-Index tensors are made on the device they are for, without host synchronisation, and cached. What is first asked for while
-a CUDA graph is being captured is not kept, because memory made in a capture belongs to the graph.
+Index tensors are made on the device they are for, without host synchronisation, and cached, in memory that is no CUDA
+graph's. What is first asked for while one is being captured is not kept, because memory made in a capture belongs to the graph.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import threading
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -98,22 +99,50 @@ def laid_out(out: torch.Tensor) -> torch.Tensor:
 
 
 _made: dict[tuple, object] = {}
+_captured: set[tuple] = set()  # in a CUDA graph, which reads them at every replay
 _MOST = 1024  # a table more than this many starts the cache anew
 
 
 def cached(make, device, *args):
     """``make(device, *args)``, made once for equal (hashable) arguments. Shared: don't write to it."""
     device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     key = (make, device, *args)
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     if key in _made:
+        if capturing:
+            _captured.add(key)
         return _own(_made[key])
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing:
         return make(device, *args)
     if len(_made) >= _MOST:
-        _made.clear()
+        for old in _made.keys() - _captured:
+            del _made[old]
     with real_tensors():
-        _made[key] = make(device, *args)
+        _made[key] = _elsewhere(make, device, *args) if device.type == "cuda" else make(device, *args)
     return _own(_made[key])
+
+
+def _elsewhere(make, device, *args):
+    """In a thread of its own: what a CUDA graph's rehearsal allocates in its thread belongs to the graph and is given to others again."""
+    made, failed = [], []
+
+    def run() -> None:
+        try:
+            with torch.cuda.device(device):
+                made.append(make(device, *args))
+                made.append(torch.cuda.current_stream().record_event())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="li_compile tables")
+    thread.start()
+    thread.join()
+    if failed:
+        raise failed[0]
+    torch.cuda.current_stream(device).wait_event(made[1])
+    return made[0]
 
 
 def _own(made):

@@ -180,7 +180,7 @@ def _attend(plan: Plan, q, k_blocks, v_blocks, k_means, valid, shared_k, shared_
             counted = cached(_counted, device, plan, share)[None, ..., None]
             mask = counted.expand(-1, -1, -1, -1, size) if mask is None else mask & counted
         if mask is not None:
-            scores = torch.where(mask.flatten(3).unsqueeze(3), scores, LOW)
+            scores = torch.where(mask.flatten(3).unsqueeze(3), scores, max(LOW, torch.finfo(scores.dtype).min))
         parts.append((scores, values))
     if shared_k is not None:
         whole = (queries @ shared_k.transpose(-1, -2) * scale).unflatten(2, (groups, share * size))

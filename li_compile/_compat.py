@@ -108,6 +108,13 @@ def mode_patches(mode: str | None) -> dict[str, Any]:
     return dict(known[mode])
 
 
+def without_cuda_graph() -> int:
+    """How many graphs Inductor has compiled without the CUDA graph that was asked for (a counter of 2.11 to 2.14)."""
+    from torch._dynamo.utils import counters
+
+    return counters["inductor"]["cudagraph_skips"]
+
+
 def fake_mode_of(inputs: Sequence[Any]):
     """The fake-tensor mode that made a graph's fake inputs; a new one if there is none among them."""
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode

@@ -31,7 +31,8 @@ def light_interaction(gm, example_inputs: Sequence[Any], *, mode: str | None = N
     from li_compile.report import GraphReport
 
     config = Config.from_options(options or {})
-    patches = {**_compat.mode_patches(mode), **config.inductor}
+    graphs = {"triton.cudagraphs": True} if config.cuda_graphs and any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs) else {}
+    patches = {**_compat.mode_patches(mode), **graphs, **config.inductor}
     key = digest(config.digest() + " in tile order" * ordered)
 
     def lower(module, inputs):

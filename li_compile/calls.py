@@ -17,6 +17,7 @@ from li_compile.patterns import CONTEXT, ContextConcat
 from li_compile.patterns.graph import is_parameter, placeholders
 from li_compile.policy import ChunkPlan, dynamics_unit, latent_change, plan_context
 from li_compile.reuse import can_reuse, skipping
+from li_compile.scope import chunk_begins
 from li_compile.session import Session
 from li_compile.steps import StepRun, why_no_step
 
@@ -78,6 +79,8 @@ class Calls(abc.ABC):
     def __call__(self, *args: Any):
         session, given = Session.current(), args
         scope = session.scope if session is not None else None
+        if scope is None and self.known.steps is not None:
+            chunk_begins(self.config)
         context = self.known.context
         plan = self.plan(args, session) if self.prunes or self.loop is not None and context is not None else None
         kept = None

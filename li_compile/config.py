@@ -294,6 +294,10 @@ class Config:
     strict: raise where a rewrite fails or a pattern is ambiguous, instead of warning and leaving the graph alone.
     lowering: "inductor", or "eager" to run the rewritten graph as it is (for tests and debugging).
     inductor: options passed through to Inductor.
+    cuda_graphs: Inductor records what it compiles for a GPU as CUDA graphs, those of a chunk for each length of context, at that length's
+        second chunk, and replays them from the third on. What a compiled model returns is overwritten once the next chunk begins: in
+        ``Session.chunk``, in a pipeline's rollout, or with a call of a whole chunk. Steps that stand in none of these read one another's
+        results only after ``torch.compiler.cudagraph_mark_step_begin()`` said where their chunk begins.
     family: name of the model family (``li-compile families``); None: the matchers alone decide.
     offload: of a pipeline, weights that a rollout does not need any more (the text streams') wait in the CPU's memory.
     stream: of a pipeline, each chunk is decoded while the next one is generated.
@@ -310,6 +314,7 @@ class Config:
     strict: bool = option(False, FLAG)
     lowering: str = option("inductor", one_of("inductor", "eager"))
     inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    cuda_graphs: bool = option(False, FLAG)
     family: str | None = option(None, optional(NAME))
     offload: bool = option(False, FLAG)
     stream: bool = option(False, FLAG)
@@ -321,6 +326,8 @@ class Config:
         validate(self, "")
         if not isinstance(self.inductor, Mapping) or not all(isinstance(key, str) for key in self.inductor):
             raise ConfigError(f"option 'inductor' is {self.inductor!r}; it must be a dict of Inductor's option names")
+        if self.cuda_graphs and self.lowering == "eager":
+            raise ConfigError("option 'cuda_graphs' needs lowering=\"inductor\", which records them; leave one of the two out")
         object.__setattr__(self, "inductor", dict(self.inductor))  # a later change by the caller must not reach us
         for name in _SECTIONS:
             object.__setattr__(self, name, _resolve(name, getattr(self, name), name in PRESETS[self.preset]))

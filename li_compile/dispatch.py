@@ -15,7 +15,7 @@ from li_compile import _compat, handover
 from li_compile.calls import Calls, Known
 from li_compile.config import Config
 from li_compile.loops import LoopVariant
-from li_compile.patterns import CONTEXT
+from li_compile.patterns import CONTEXT, Miss
 from li_compile.pipeline import Base, Facts, build, prepare
 from li_compile.regions import lower_regions
 from li_compile.report import GraphReport
@@ -118,9 +118,12 @@ class Dispatcher(Calls):
         base, regions = self.bases[length]
         module, report = build(self.facts, self.config, fakes, mode, kept=variant.kept, reuse=variant.reuse, base=base)
         self.report.variants.append(report)
+        unrecorded = _compat.without_cuda_graph()
         in_tf32 = self.config.exact.islands == "tf32" and report.counts().get("islands", 0) > 0
         with tf32() if in_tf32 else contextlib.nullcontext():  # Inductor's own products are written for it or not
             run = lower_regions(module, inputs, self.lower, regions)
+        if self.config.cuda_graphs and _compat.without_cuda_graph() > unrecorded:
+            self.report.misses.append(Miss("CUDA graphs", "graph", "Inductor records none of this graph, or of a part of it; TORCH_LOGS=perf_hints says why"))
         self.compiled[variant] = LoopVariant.of(self.facts, module, report, within_tf32(run) if in_tf32 else run)
         report.seconds = time.perf_counter() - started
 

@@ -18,6 +18,7 @@ from li_compile.patterns.registry import Family
 from li_compile.pipeline import family_of
 from li_compile.policy import ChunkPlan
 from li_compile.report import Report
+from li_compile.scope import chunk_begins
 from li_compile.session import Session
 from li_compile.stepping import ChunkSteps
 
@@ -31,8 +32,9 @@ class Rollout:
     """What a family's ``attach`` is given besides the pipeline.
 
     config: the options. session: the state of the rollout; the family resets it where one begins. ``compile(module)``: a
-    compiled module, prepared for the family. All that was compiled is in ``compiled``. ``steps(plan, times)``: the denoising
-    steps of a chunk, some of which may be skipped (li_compile/stepping.py). ``refuse(reason)`` raises ConfigError.
+    compiled module, prepared for the family. All that was compiled is in ``compiled``. ``begin()``: to be called where a chunk
+    begins that is no ``session.chunk``: what compiled models returned before may be overwritten. ``steps(plan, times)``: the
+    denoising steps of a chunk, some of which may be skipped (li_compile/stepping.py). ``refuse(reason)`` raises ConfigError.
     """
 
     def __init__(self, config: Config, compile: Callable[[Any], Compiled]) -> None:
@@ -43,6 +45,9 @@ class Rollout:
     def compile(self, module: Any) -> Compiled:
         self.compiled.append(self._compile(module))
         return self.compiled[-1]
+
+    def begin(self) -> None:
+        chunk_begins(self.config)
 
     def steps(self, plan: ChunkPlan, times: Sequence[float], controls: Sequence[torch.Tensor] = ()) -> ChunkSteps:
         return ChunkSteps(self.session, self, plan, times, controls)

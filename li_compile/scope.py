@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from li_compile.config import Config
 from li_compile.errors import LightInteractionError
 from li_compile.policy import ChunkPlan
 
 if TYPE_CHECKING:
     from li_compile.session import Session
     from li_compile.steps import StepTrace
+
+
+def chunk_begins(config: Config) -> None:
+    """Let CUDA graphs write over what they returned in the last chunk; until the next, what they return stays, since calls read it of one
+    another: steps the keys and values of their context."""
+    if config.cuda_graphs:
+        torch.compiler.cudagraph_mark_step_begin()
 
 
 class ChunkScope:
@@ -38,6 +46,7 @@ class ChunkScope:
         if self.session.scope is not None:
             raise LightInteractionError("a chunk of this session is open already; leave its `with` block before the next")
         self.session.scope, self._start = self, time.perf_counter()
+        chunk_begins(self.session.config)
         self._recorded = self.session.chunks  # a loop inside of a graph records its chunk itself
         self._entered = Session.current() is not self.session
         if self._entered:

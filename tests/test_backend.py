@@ -344,7 +344,7 @@ def digest():
     return lambda options=None: pipeline._digest.__wrapped__(Config.from_options(options).digest(), registry.identity())
 
 
-CHANGED = {"strict": True, "lowering": "eager", "inductor": {"max_autotune": True}, "family": "doom_world", "offload": True, "stream": True,
+CHANGED = {"strict": True, "lowering": "eager", "inductor": {"max_autotune": True}, "family": "doom_world", "offload": True, "stream": True, "cuda_graphs": True,
            "exact.enabled": False, "exact.functional_writes": False, "exact.real_arithmetic": False, "exact.equal_rows": False,
            "exact.encode": False, "exact.dense_attention": False, "exact.small_products": False, "exact.tile_order": False,
            "exact.invariants": False, "exact.invariant_memory": 0.2, "exact.dead_tails": False, "exact.merge_regions": False,

@@ -180,6 +180,7 @@ def test_digest_follows_meaning():
         "family": "x",
         "offload": True,
         "stream": True,
+        "cuda_graphs": True,
         "sparse.tile": (2, 4, 8),
         "sparse.min_context": 9,
         "context.fov": (61, 35),

@@ -139,6 +139,7 @@ class ArRollout:
 
     def chunk(self, start, size, latents, cond_latents, timesteps, times, poses, text, task_type, device):
         pipe, cameras = self.pipeline, poses[1]
+        self.rollout.begin()
         plan = self.plan(start, size, poses[0], device)
         count = len(plan.indices)
         at = lambda index: {name: x.index_select(1, index) for name, x in cameras.items()}

@@ -91,7 +91,7 @@ class Clips:
         planned = not first and (config.context.enabled or config.cache.enabled)
         settle(matrix_game_3.FAMILY, rest | {"x": latents}, planned)
         with session.chunk(*self.window, steps=len(times)) if planned else session:
-            return self.clip(latents, levels, times, rest)
+            return self.clip(latents, levels, times, rest).clone()  # upstream keeps it, and the compiled clip's memory may be its own (CUDA graphs)
 
 
 class Steps:

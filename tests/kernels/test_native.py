@@ -54,6 +54,23 @@ def test_sparse_attention(case):
     assert relative(got, want) <= 1e-6 and got.stride() == want.stride()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_in_half_precision_once_decomposed(case, dtype):
+    """As the exporters hand it on: constants are tensors then, of the scores' dtype, which a GPU refuses to fill with a larger number."""
+    *sizes, ratios = CASES[case][:4]
+    q, k, v, roles = problem(*sizes)
+    more = {"protected": sum(CASES[case][4:])}
+    run = lambda q, k, v: native.sparse_attention(q, k, v, roles, *settings(*ratios), **more)
+    half = q.to(dtype), [x.to(dtype) for x in k], [x.to(dtype) for x in v]
+    run(*half)  # makes the tables that tracing could not
+    decomposed = make_fx(run, decomposition_table=torch.export.default_decompositions())(*half)
+    constants = [torch.scalar_tensor(*n.args, dtype=n.kwargs["dtype"]) for n in decomposed.graph.nodes if n.target is torch.ops.aten.scalar_tensor.default]
+    assert all(c.isfinite() for c in constants) and (constants or "partial" not in case)
+    want = run(half[0].float(), *([x.float() for x in xs] for xs in half[1:]))
+    assert relative(decomposed(*half).float(), want) <= 16 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if "prefill" not in c])
 def test_packed_context_and_decode(case):
     *sizes, ratios = CASES[case]
