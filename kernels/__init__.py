@@ -10,12 +10,12 @@ from .block_sparse import block_sparse_attention, expected_provider
 from .dense_attention import dense_attention
 from .frame_attention import frame_attention
 from .linear_gelu import linear_gelu
-from .pack import Encoding, pack, pack_
+from .pack import Encoding, in_raster_order, in_tile_order, pack, pack_
 from .plan import Density, density
 from .problem import Problem
 from .providers import Provider, explain_provider, providers, register_provider, use_provider
 from .selection import choose_blocks
-from .sparse_attention import pack_context, sparse_attention, sparse_decode
+from .sparse_attention import pack_context, sparse_attention, sparse_decode, sparse_prefill
 
 __all__ = [
     "Density",
@@ -29,6 +29,8 @@ __all__ = [
     "expected_provider",
     "explain_provider",
     "frame_attention",
+    "in_raster_order",
+    "in_tile_order",
     "linear_gelu",
     "pack",
     "pack_",
@@ -37,5 +39,6 @@ __all__ = [
     "register_provider",
     "sparse_attention",
     "sparse_decode",
+    "sparse_prefill",
     "use_provider",
 ]

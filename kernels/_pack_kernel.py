@@ -34,16 +34,18 @@ def _row(MATRIX, at, real, x0, x1, x2, x3):
 
 
 @triton.jit
-def _write(y, OUT, MEANS, slots, real, part, count, DIM: tl.constexpr, BLOCKED: tl.constexpr):
+def _write(y, OUT, MEANS, slots, real, part, count, DIM: tl.constexpr, TOKENS: tl.constexpr, PADDED: tl.constexpr, AVERAGED: tl.constexpr):
     dims = tl.arange(0, DIM)
     stored = y.to(OUT.dtype.element_ty)  # rows past the end were loaded as zeros and stay zero under all that was done
-    at = OUT + slots.to(tl.int64)[:, None] * DIM + dims[None, :]
-    if BLOCKED:
-        tl.store(at, stored)
+    if TOKENS:
+        at = OUT + slots.to(tl.int64)[:, None] * DIM + dims[None, :]
+        if PADDED:
+            tl.store(at, stored)
+        else:
+            tl.store(at, stored, mask=real[:, None])
+    if AVERAGED:
         mean = tl.sum(stored.to(tl.float32), 0) / tl.maximum(count, 1)
         tl.store(MEANS + part.to(tl.int64) * DIM + dims, mean)
-    else:
-        tl.store(at, stored, mask=real[:, None])
 
 
 @triton.jit
@@ -52,10 +54,10 @@ def pack_kernel(
     stride_xb, stride_xh, stride_xl, stride_ob, stride_oh, stride_mb, stride_mh, stride_cb,
     batch, length, tokens_a_frame, eps,
     DIM: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, ORDERED: tl.constexpr, NORMED: tl.constexpr,
-    ROTATED: tl.constexpr, PROJECTED: tl.constexpr, BLOCKED: tl.constexpr,
+    ROTATED: tl.constexpr, PROJECTED: tl.constexpr, TOKENS: tl.constexpr, PADDED: tl.constexpr, AVERAGED: tl.constexpr,
 ):  # fmt: skip
-    """One part of a block (ROWS tokens, whose mean is kept), HEADS heads of it. Grid: (heads / HEADS, parts, batch). Without BLOCKED as
-    many tokens are written as there are, and no means.
+    """One part of a block (ROWS tokens), HEADS heads of it. Grid: (heads / HEADS, parts, batch). TOKENS: what becomes of them is written, if
+    PADDED with zeros to the end of the part. AVERAGED: so is their mean.
 
     Heads run fastest: in a model's [B, L, H, D] memory they lie side by side, so that programs which run together read
     whole pages.
@@ -85,8 +87,10 @@ def pack_kernel(
         y = x
         if ROTATED:
             y = _rotate(x, cos0, cos1, sin0, sin1, ROWS, DIM)
-        _write(y, OUT + b * stride_ob + head * stride_oh, MEANS + b * stride_mb + head * stride_mh, slots, real, part, count, DIM, BLOCKED)
+        _write(y, OUT + b * stride_ob + head * stride_oh, MEANS + b * stride_mb + head * stride_mh, slots, real, part, count, DIM, TOKENS,
+               PADDED, AVERAGED)  # fmt: skip
         if PROJECTED:
             second = b + batch
             y = _project(x, CAMERA + b * stride_cb, source // tokens_a_frame * 16, real, ROWS, DIM)
-            _write(y, OUT + second * stride_ob + head * stride_oh, MEANS + second * stride_mb + head * stride_mh, slots, real, part, count, DIM, BLOCKED)
+            _write(y, OUT + second * stride_ob + head * stride_oh, MEANS + second * stride_mb + head * stride_mh, slots, real, part, count, DIM, TOKENS,
+                   PADDED, AVERAGED)  # fmt: skip

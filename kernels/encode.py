@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import torch
 
-from .pack import Encoding, branches, check_encoding, launch, why_no_kernel
+from .pack import ROWS, Encoding, branches, check_encoding, launch, why_no_kernel
 from .providers import Provider, register_provider, select_provider
 
 __all__ = ["encode", "encoded", "why_not_encoded"]
 
 NAME = "encode"
-ROWS = 32
 
 
 @torch.library.custom_op(

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from ._compat import has_triton, interpreting
 from .launching import launcher, on_device
-from .layout import num_blocks
+from .layout import Tile, num_blocks, tile_order
 from .providers import Provider, register_provider, select_provider
 
-__all__ = ["Encoding", "empty_pack", "pack", "pack_", "pack_into"]
+__all__ = ["Encoding", "empty_pack", "in_raster_order", "in_tile_order", "order_into", "pack", "pack_", "pack_into"]
 
 NAME = "pack"
+ROWS = 32  # tokens a program where no means are asked for
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,31 @@ def _(packed, means, at, x, order, block_size, sub_blocks, norm=None, eps=1e-6, 
     return None
 
 
+@torch.library.custom_op("li::in_tile_order", mutates_args=(), schema="(Tensor x, SymInt height, SymInt width, int[] tile) -> Tensor")
+def in_tile_order(x, height, width, tile):
+    """Tokens of whole frames in the order of :func:`~li_compile.kernels.layout.tile_order`: ``[B, H, L, D]``, any strides, to a contiguous
+    one of the same shape. A permutation: attention to keys and values that are both in it is the same. Raises ValueError for part of a frame."""
+    out = x.new_empty(x.shape)
+    order_into(x, tile_order(_frames(x, height, width), height, width, tuple(tile), x.device), out, None, ROWS, 1)
+    return out
+
+
+@in_tile_order.register_fake
+def _(x, height, width, tile):
+    return x.new_empty(x.shape)
+
+
+def in_raster_order(x: Tensor, height: int, width: int, tile: Tile) -> Tensor:
+    """The way back from :func:`in_tile_order`."""
+    return x.index_select(2, torch.argsort(tile_order(_frames(x, height, width), height, width, tuple(tile), x.device)))
+
+
+def _frames(x: Tensor, height: int, width: int) -> int:
+    if x.dim() != 4 or x.shape[2] % (height * width):
+        raise ValueError(f"x must be [B, H, whole frames of {height} x {width} tokens, D]; found {tuple(x.shape)}.")
+    return x.shape[2] // (height * width)
+
+
 def empty_pack(x: Tensor, blocks: int, block_size: int, sub_blocks: int, encoding: Encoding = Encoding()) -> tuple[Tensor, Tensor]:
     """Memory for so many blocks of x, and for their means."""
     batch, heads, _, dim = x.shape
@@ -121,11 +147,33 @@ def pack_into(x: Tensor, order: Tensor | None, packed: Tensor, means: Tensor, bl
     provider.run(x, order, packed, means, block_size, sub_blocks, encoding)
 
 
-def _check(x, order, packed, means, block_size, sub_blocks, encoding: Encoding, at: int, blocks: int) -> None:
+def order_into(x: Tensor, order: Tensor | None, out: Tensor | None, means: Tensor | None, block_size: int, sub_blocks: int,
+               encoding: Encoding = Encoding()) -> None:  # fmt: skip
+    """What :func:`pack_into` does, without padding: tokens to ``out``, ``[B', H, L, D]``, and their means to ``means``,
+    ``[B', H, n * sub_blocks, D]``; either may be None, and is then not written."""
+    blocks = num_blocks(x.shape[2], block_size)
+    _check_sizes(x, order, block_size, sub_blocks)
+    check_encoding(x, encoding)
+    want = (x.shape[0] * encoding.branches, x.shape[1], x.shape[3])
+    for what, rows in ((out, x.shape[2]), (means, blocks * sub_blocks)):
+        if what is not None and (what.shape != (*want[:2], rows, want[2]) or what.stride(3) != 1 or what.stride(2) != want[2]):
+            raise ValueError(f"out and means must be {[*want[:2], rows, want[2]]}, of rows that lie one after the other; found {tuple(what.shape)}.")
+    if out is not None and out.dtype != x.dtype:
+        raise ValueError(f"out must have the dtype of x, {x.dtype}; found {out.dtype}.")
+    if x.shape[2] and (out is not None or means is not None):
+        provider, _ = select_provider(NAME, x, order, out, means, block_size, sub_blocks, encoding)
+        provider.run(x, order, out, means, block_size, sub_blocks, encoding)
+
+
+def _check_sizes(x, order, block_size, sub_blocks) -> None:
     if x.dim() != 4 or (order is not None and order.shape != (x.shape[2],)):
         raise ValueError(f"x must be [B, H, L, D] and order [L]; found {tuple(x.shape)} and {None if order is None else tuple(order.shape)}.")
     if block_size < 1 or sub_blocks < 1 or block_size % sub_blocks:
         raise ValueError(f"{sub_blocks} sub-blocks must divide the block size {block_size}.")
+
+
+def _check(x, order, packed, means, block_size, sub_blocks, encoding: Encoding, at: int, blocks: int) -> None:
+    _check_sizes(x, order, block_size, sub_blocks)
     batch, heads, length, dim = x.shape
     want = (batch * encoding.branches, heads, dim)
     if (packed.shape[0], packed.shape[1], packed.shape[3]) != want or packed.shape[2] < (at + blocks) * block_size or at < 0:
@@ -178,7 +226,12 @@ def branches(x: Tensor, encoding: Encoding) -> list[Tensor]:
 def _run_torch(x, order, packed, means, block_size, sub_blocks, encoding: Encoding) -> None:
     """In plain PyTorch, on any device, in fp32 (fp64 for fp64): the meaning that the kernel is tested against."""
     batch, _, length, dim = x.shape
-    if encoding == Encoding(eps=encoding.eps):
+    plain = encoding == Encoding(eps=encoding.eps)
+    if packed is None:
+        packed = x if plain and order is None else x.new_empty(batch * encoding.branches, x.shape[1], length, dim)
+    if packed is x:
+        pass
+    elif plain:
         if order is None:
             packed[:, :, :length].copy_(x)
         else:
@@ -187,11 +240,16 @@ def _run_torch(x, order, packed, means, block_size, sub_blocks, encoding: Encodi
         for i, branch in enumerate(branches(x, encoding)):
             rows = branch if order is None else branch.index_select(2, order)
             packed[i * batch : (i + 1) * batch, :, :length].copy_(rows)
-    packed[:, :, length:].zero_()
+    if packed.shape[2] > length:
+        packed[:, :, length:].zero_()
+    if means is None:
+        return
     size = block_size // sub_blocks
-    first = torch.arange(means.shape[2], device=x.device) * size
-    counts = (length - first).clamp(1, size)
-    means.copy_(packed.unflatten(2, (-1, size)).sum(-2, dtype=means.dtype).div_(counts[:, None]))
+    whole = length // size
+    means[:, :, :whole] = packed[:, :, : whole * size].unflatten(2, (whole, size)).sum(-2, dtype=means.dtype).div_(size)
+    if whole < means.shape[2]:
+        means[:, :, whole] = packed[:, :, whole * size : length].sum(2, dtype=means.dtype).div_(max(length - whole * size, 1))
+        means[:, :, whole + 1 :].zero_()
 
 
 def _supports_triton(x, order, packed, means, block_size, sub_blocks, encoding: Encoding) -> str | None:
@@ -216,11 +274,12 @@ def why_no_kernel(x: Tensor, size: int) -> str | None:
 
 
 def _run_triton(x, order, packed, means, block_size, sub_blocks, encoding: Encoding) -> None:
-    launch(x, order, packed, means, block_size // sub_blocks, means.shape[2], encoding)
+    launch(x, order, packed, means, block_size // sub_blocks, num_blocks(x.shape[2], block_size) * sub_blocks, encoding)
 
 
 def launch(x, order, packed, means, rows: int, parts: int, encoding: Encoding) -> None:
-    """The kernel over so many parts of so many rows; means: None to write tokens alone, without padding."""
+    """The kernel over so many parts of so many rows. packed: None to write means alone; without padding where it has no room for it.
+    means: None to write tokens alone, without padding."""
     from ._pack_kernel import pack_kernel
 
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -228,14 +287,16 @@ def launch(x, order, packed, means, rows: int, parts: int, encoding: Encoding) -
     whole = lambda t: x if t is None else t.contiguous()
     camera = encoding.camera
     together = heads_together(heads, encoding)
+    out = x if packed is None else packed
     with on_device(x.device):
         launcher(pack_kernel)[(heads // together, parts, batch)](
-            x, whole(order), whole(encoding.norm), whole(encoding.cos), whole(encoding.sin), whole(camera), packed, packed if means is None else means,
-            *x.stride()[:3], *packed.stride()[:2], *((0, 0) if means is None else means.stride()[:2]), 0 if camera is None else camera.shape[1] * 16,
+            x, whole(order), whole(encoding.norm), whole(encoding.cos), whole(encoding.sin), whole(camera), out, out if means is None else means,
+            *x.stride()[:3], *out.stride()[:2], *((0, 0) if means is None else means.stride()[:2]), 0 if camera is None else camera.shape[1] * 16,
             batch, length, 1 if camera is None else length // camera.shape[1], encoding.eps,
             DIM=dim, ROWS=rows, HEADS=together, ORDERED=order is not None, NORMED=encoding.norm is not None,
             ROTATED=encoding.cos is not None, PROJECTED=camera is not None,
-            BLOCKED=means is not None, num_warps=8 if rows * dim > 8192 else 4,
+            TOKENS=packed is not None, PADDED=means is not None and packed is not None and packed.shape[2] >= parts * rows,
+            AVERAGED=means is not None, num_warps=8 if rows * dim > 8192 else 4,
         )  # fmt: skip
 
 

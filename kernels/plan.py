@@ -20,13 +20,14 @@ TEXT, CONTEXT, CURRENT = 0, 1, 2
 class Plan:
     """Blocks and the budget of every query block.
 
-    Blocks are numbered text first, then history, both in a source that stays, then the current segment's in another.
+    Blocks are numbered text first, then history, both in a source that stays, then the current segment's in another. With ``in_place`` the
+    first source is the history alone, and text follows the current tokens in the second, whose ``second`` tokens are cut into blocks as one.
 
     Attributes:
         frames: by segment, latent frames (0 for text).
         static: segment numbers of the first source, text before history. current: of the second.
         blocks: by segment.
-        text_blocks, context_blocks, current_blocks, total: blocks of each kind and of all.
+        text_blocks, context_blocks, current_blocks: blocks of each kind. total: of both sources.
         decode: there is a context segment.
         protected: without one, frames at the end of the current segment whose keys every query reads.
         dense: the ratio asks for everything.
@@ -56,18 +57,21 @@ class Plan:
     kept: tuple[float, ...]
     pitch: int
     total: int
+    in_place: bool
+    second: int
 
 
-def make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, head_ratios=(), protected=0) -> Plan:
+def make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, head_ratios=(), protected=0, in_place=False) -> Plan:
     """The plan for segments of these lengths and roles; arguments as in ``li::sparse_attention``.
 
     Raises ValueError where they don't fit together.
     """
-    return _make_plan(tuple(lengths), tuple(roles), height, width, tuple(tile), block_size, topk_ratio, prefill_ratio, tuple(head_ratios), protected)
+    return _make_plan(tuple(lengths), tuple(roles), height, width, tuple(tile), block_size, topk_ratio, prefill_ratio, tuple(head_ratios), protected,
+                      in_place)
 
 
 @functools.lru_cache(maxsize=256)
-def _make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, head_ratios, protected) -> Plan:
+def _make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, head_ratios, protected, in_place) -> Plan:
     if len(roles) != len(lengths) or not set(roles) <= {TEXT, CONTEXT, CURRENT} or roles.count(CURRENT) != 1:
         raise ValueError(
             f"Each of {len(lengths)} segments needs a role, 0 text, 1 context or 2 current, and exactly one is current; found {list(roles)}."
@@ -82,11 +86,16 @@ def _make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, pref
                 f"A visual segment must hold whole frames of {height} x {width} = {height * width} tokens and no segment "
                 f"may be empty; found {length} tokens. Leave out empty segments."
             )
+    if in_place and roles.count(CONTEXT) != 1:
+        raise ValueError(f"History is read in place where it is one segment of role 1; found roles {list(roles)}.")
     frames = tuple(0 if role == TEXT else length // (height * width) for length, role in zip(lengths, roles))
     current = roles.index(CURRENT)
-    static = tuple(s for kind in (TEXT, CONTEXT) for s, role in enumerate(roles) if role == kind)
+    static = tuple(s for kind in (TEXT, CONTEXT) if not (in_place and kind == TEXT) for s, role in enumerate(roles) if role == kind)
     blocks = tuple(num_blocks(length, block_size) for length in lengths)
     text, context, queries = (sum(n for n, r in zip(blocks, roles) if r == kind) for kind in (TEXT, CONTEXT, CURRENT))
+    text = 0 if in_place else text
+    second = sum(n for n, r in zip(lengths, roles) if r == CURRENT or in_place and r == TEXT)
+    read = num_blocks(second, block_size)  # of the second source
     decode = CONTEXT in roles
     if protected and (decode or not 0 < protected <= frames[current]):
         raise ValueError(f"protected counts frames of the one segment that holds history and new frames, of at most {frames[current]} here "
@@ -94,7 +103,7 @@ def _make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, pref
     ratios = head_ratios or (topk_ratio if decode or protected else prefill_ratio,)
     late = 0  # candidates that all keep, and that are no history
     if decode:
-        around, near = text + queries, (0,)
+        around, near = text + read, (0,)
     else:
         around = text
         near, late = forced_counts(frames[current], height, width, tile, block_size, protected)
@@ -102,13 +111,13 @@ def _make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, pref
     candidates = context if decode else queries
     keep = tuple(tuple(max(_budget(ratio, candidates - late) - (n - late), 0) for n in near) for ratio in ratios)
     dense = min(ratios) >= 1 or late == candidates > 0
-    total = text + context + queries
+    total = text + context + read
     kept = [around + n + sum(row[i] for row in keep) / len(keep) for i, n in enumerate(near)]
     kept = (total,) * queries if dense else tuple(kept) * (queries if len(kept) == 1 else 1)
     pitch = total if dense else max(around + n + max(row[i] for row in keep) for i, n in enumerate(near))
     return Plan(
         lengths, frames, static, current, blocks, height, width, tile, block_size, text, context, queries,
-        decode, protected, dense, text, candidates, keep, kept, pitch, total,
+        decode, protected, dense, text, candidates, keep, kept, pitch, total, in_place, second,
     )  # fmt: skip
 
 
@@ -134,10 +143,11 @@ class Density:
         return sum(self.kept) / (len(self.kept) * self.total)
 
 
-def density(lengths, roles, height, width, tile=(4, 4, 4), block_size=64, topk_ratio=0.175, prefill_ratio=0.3, head_ratios=(), protected=0) -> Density:
+def density(lengths, roles, height, width, tile=(4, 4, 4), block_size=64, topk_ratio=0.175, prefill_ratio=0.3, head_ratios=(), protected=0,
+            in_place=False) -> Density:  # fmt: skip
     """Blocks that ``li::sparse_attention`` attends to for segments of these lengths; pure Python, exact.
 
     FLOPs of one head: ``4 * block_size**2 * D * sum(kept)``.
     """
-    plan = make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, head_ratios, protected)
+    plan = make_plan(lengths, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, head_ratios, protected, in_place)
     return Density(plan.kept, plan.total)

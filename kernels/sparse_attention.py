@@ -3,7 +3,8 @@
 What the paper (arXiv 2605.31158, 3-D block-sparse attention) does in a dozen launches and a read-back per layer: token
 layout, block scores, selection, attention and the way back. ``li::sparse_attention`` is one call from start to end;
 ``li::pack_context`` and ``li::sparse_decode`` part it where the history ends that stays for all steps of a chunk, so that
-it is packed once. See :mod:`.layout`, :mod:`.pack`, :mod:`.selection`, :mod:`.block_sparse`.
+it is packed once. Where the history comes from another call, ``li::sparse_prefill`` returns it in tile order, and
+``li::sparse_attention`` reads it in place. See :mod:`.layout`, :mod:`.pack`, :mod:`.selection`, :mod:`.block_sparse`.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from .block_sparse import attend
 from .dense_attention import attend_densely
 from .encode import encoded
 from .layout import block_valid, cached, forced_mask, num_blocks, row_places, tile_order
-from .pack import Encoding, empty_pack, pack_into
+from .pack import ROWS, Encoding, empty_pack, order_into, pack_into
 from .plan import CONTEXT, CURRENT, TEXT, Plan, make_plan
 from .problem import Problem
 from .selection import Choice, choose, part_counts
 from .workspace import scratch
 
-__all__ = ["CONTEXT", "CURRENT", "TEXT", "pack_context", "sparse_attention", "sparse_decode"]
+__all__ = ["CONTEXT", "CURRENT", "TEXT", "pack_context", "sparse_attention", "sparse_decode", "sparse_prefill"]
 
 ENCODINGS = ("float eps=1e-6, Tensor? q_norm=None, Tensor? k_norm=None, Tensor? cos=None, Tensor? sin=None, "
              "Tensor? q_camera=None, Tensor? kv_camera=None")  # fmt: skip
@@ -35,11 +36,11 @@ SETTINGS = "SymInt height, SymInt width, int[] tile, int block_size, {ratios}, i
     "li::sparse_attention",
     mutates_args=(),
     schema="(Tensor q, Tensor[] k, Tensor[] v, int[] roles, "
-    + SETTINGS.format(ratios="float topk_ratio, float prefill_ratio") + ENCODINGS + ", int protected=0) -> Tensor",
+    + SETTINGS.format(ratios="float topk_ratio, float prefill_ratio") + ENCODINGS + ", int protected=0, bool in_place=False) -> Tensor",
 )  # fmt: skip
 def sparse_attention(q, k, v, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, sub_blocks, scale,
                      summary=False, head_ratios=(), eps=1e-6, q_norm=None, k_norm=None, cos=None, sin=None, q_camera=None,
-                     kv_camera=None, protected=0):  # fmt: skip
+                     kv_camera=None, protected=0, in_place=False):  # fmt: skip
     """Attention of the current tokens over text, history and themselves, with history (or, in prefill, everything
     visual) thinned to the blocks that score best.
 
@@ -66,25 +67,71 @@ def sparse_attention(q, k, v, roles, height, width, tile, block_size, topk_ratio
             end are new. Every query keeps the blocks with a token of theirs (paper section 3.3: current frames are
             preserved); of the blocks that are history alone, neighbours and best-scoring ones up to
             ``max(floor(topk_ratio * blocks), neighbours)``. ``prefill_ratio`` takes no part.
+        in_place: the one context segment is in tile order already, as :func:`sparse_prefill` returns it for the same frames and tile: it is
+            read where it lies, and of its keys only the means are made. Text is read with the current tokens.
 
     Returns:
         ``[B', H, Lq, D]`` in q's token order and dtype, with [B', Lq, H, D] memory, as models go on with it.
 
     Raises ValueError if segments and roles don't fit; the sentence says which. There is no backward.
     """
-    plan = make_plan([x.shape[2] for x in k], roles, height, width, tuple(tile), block_size, topk_ratio, prefill_ratio, head_ratios, protected)
+    plan = make_plan([x.shape[2] for x in k], roles, height, width, tuple(tile), block_size, topk_ratio, prefill_ratio, head_ratios, protected,
+                     in_place)  # fmt: skip
     _check(q, k, v, plan, 1 if kv_camera is None else 2)
     encodings = _encodings(eps, q_norm, k_norm, cos, sin, q_camera, kv_camera)
     if plan.dense:
         return _dense(plan, q, k, v, scale, encodings)
-    static = _pack_static(plan, k, v, sub_blocks, summary, scratch) if plan.static else None
-    return _attend(plan, q, k[plan.current], v[plan.current], static, sub_blocks, scale, summary, encodings)
+    make = _static_in_place if in_place else _pack_static
+    static = make(plan, k, v, sub_blocks, summary, scratch) if plan.static else None
+    text = [[x[s] for s, role in enumerate(roles) if role == TEXT] if in_place else [] for x in (k, v)]
+    return _attend(plan, q, k[plan.current], v[plan.current], static, sub_blocks, scale, summary, encodings, text)[0]
 
 
 @sparse_attention.register_fake
 def _(q, k, v, roles, height, width, tile, block_size, topk_ratio, prefill_ratio, sub_blocks, scale, summary=False,
-      head_ratios=(), eps=1e-6, q_norm=None, k_norm=None, cos=None, sin=None, q_camera=None, kv_camera=None, protected=0):  # fmt: skip
+      head_ratios=(), eps=1e-6, q_norm=None, k_norm=None, cos=None, sin=None, q_camera=None, kv_camera=None, protected=0, in_place=False):  # fmt: skip
     return _new_out(q, 1 if kv_camera is None else 2)
+
+
+@torch.library.custom_op(
+    "li::sparse_prefill",
+    mutates_args=(),
+    schema="(Tensor q, Tensor[] k, Tensor[] v, int[] roles, " + SETTINGS.format(ratios="float prefill_ratio") + ENCODINGS
+    + ") -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def sparse_prefill(q, k, v, roles, height, width, tile, block_size, prefill_ratio, sub_blocks, scale, summary=False, head_ratios=(), eps=1e-6,
+                   q_norm=None, k_norm=None, cos=None, sin=None, q_camera=None, kv_camera=None):  # fmt: skip
+    """:func:`sparse_attention` of frames that will be history, and their keys and values in tile order, which it makes in any case.
+
+    Args as there, without a context segment.
+
+    Returns:
+        ``(out, keys, values)``: the attention's output; and the current segment's keys and values after all encodings, contiguous
+        ``[B', H, Lq, D]`` without padding, in the order of :func:`~li_compile.kernels.layout.tile_order`.
+    """
+    plan = make_plan([x.shape[2] for x in k], roles, height, width, tuple(tile), block_size, 1.0, prefill_ratio, head_ratios)
+    if plan.decode:
+        raise ValueError(f"Frames that will be history are encoded without one; found roles {list(roles)}.")
+    _check(q, k, v, plan, 1 if kv_camera is None else 2)
+    encodings = _encodings(eps, q_norm, k_norm, cos, sin, q_camera, kv_camera)
+    if plan.dense:
+        out, order = _dense(plan, q, k, v, scale, encodings), _order(plan, plan.current, q.device)
+        kept = []
+        for x, encoding in ((k[plan.current], encodings[1]), (v[plan.current], encodings[2])):
+            kept.append(x.new_empty(x.shape[0] * encoding.branches, *x.shape[1:]))
+            order_into(x, order, kept[-1], None, ROWS, 1, encoding)
+        return out, *kept
+    static = _pack_static(plan, k, v, sub_blocks, summary, scratch) if plan.static else None
+    return _attend(plan, q, k[plan.current], v[plan.current], static, sub_blocks, scale, summary, encodings, kept=True)
+
+
+@sparse_prefill.register_fake
+def _(q, k, v, roles, height, width, tile, block_size, prefill_ratio, sub_blocks, scale, summary=False, head_ratios=(), eps=1e-6, q_norm=None,
+      k_norm=None, cos=None, sin=None, q_camera=None, kv_camera=None):  # fmt: skip
+    branches = 1 if kv_camera is None else 2
+    kept = lambda x: x.new_empty(x.shape[0] * branches, *x.shape[1:])
+    current = roles.index(CURRENT)
+    return _new_out(q, branches), kept(k[current]), kept(v[current])
 
 
 @torch.library.custom_op(
@@ -143,7 +190,7 @@ def sparse_decode(q, k, v, packed_k, packed_v, k_means, v_means, lengths, roles,
                          f"{tuple(packed_k.shape)} and {tuple(packed_v.shape)}.")  # fmt: skip
     if plan.dense:
         return _dense(plan, q, *_unpack(plan, packed_k, packed_v, k, v), scale, encodings)
-    return _attend(plan, q, k, v, (packed_k, packed_v, k_means, v_means), sub_blocks, scale, summary, encodings)
+    return _attend(plan, q, k, v, (packed_k, packed_v, k_means, v_means), sub_blocks, scale, summary, encodings)[0]
 
 
 @sparse_decode.register_fake
@@ -193,22 +240,30 @@ def _pack_static(plan: Plan, k: Sequence[Tensor], v: Sequence[Tensor], sub_block
     return packed[0], packed[1], means[0], means[1] if summary else means[1].new_empty(0)
 
 
-def _attend(plan: Plan, q, k, v, static, sub_blocks: int, scale: float, summary: bool, encodings) -> Tensor:
-    """The rest of a call whose text and history are packed: the current segment's blocks, selection, attention."""
+def _static_in_place(plan: Plan, k: Sequence[Tensor], v: Sequence[Tensor], sub_blocks: int, summary: bool, new):
+    """What :func:`_pack_static` gives, of a history that is in tile order: itself, and its means."""
+    (s,) = plan.static
+
+    def averaged(x: Tensor, parts: int) -> Tensor:
+        means = torch.empty(*x.shape[:2], plan.context_blocks * parts, x.shape[3], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        order_into(x, None, None, means, plan.block_size, parts)
+        return means
+
+    return k[s], v[s], averaged(k[s], sub_blocks), averaged(v[s], 1) if summary else None
+
+
+def _attend(plan: Plan, q, k, v, static, sub_blocks: int, scale: float, summary: bool, encodings, text=((), ()),
+            kept: bool = False) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The rest of a call whose text and history are packed: the current segment's blocks, selection, attention. text: keys and values that
+    are read with the current ones; kept: the current keys and values in tile order, which are returned with the output, are to stay."""
     size, device = plan.block_size, q.device
     tables = plan_tables(plan, sub_blocks, device)
-    current = []
-    for name, x, parts, encoding in (("q", q, sub_blocks, encodings[0]), ("k", k, sub_blocks, encodings[1]), ("v", v, 1, encodings[2])):
-        if name != "q" and plan.decode and encoding.empty:  # all of it is kept, so that its order does not matter
-            current.append((x, None))
-            continue
-        batch, heads, _, dim = x.shape
-        shape = (batch * encoding.branches, heads, plan.current_blocks * size, dim)
-        packed = scratch(f"current {name}", shape, x)
-        means = torch.empty(*shape[:2], plan.current_blocks * parts, dim, dtype=torch.promote_types(x.dtype, torch.float32), device=device)
-        pack_into(x, tables.order, packed, means, size, parts, encoding)
-        current.append((packed, means))
-    (queries, q_means), (keys, current_means), (values, value_means) = current
+    queries, q_means = _blocks(plan, "q", q, tables.order, sub_blocks, encodings[0])
+    (keys, current_means), (values, value_means) = (
+        (_second(plan, name, x, beside, encoding), None) if plan.decode and (plan.in_place or encoding.empty)
+        else _blocks(plan, name, x, tables.order, parts, encoding, kept)
+        for name, x, beside, parts, encoding in (("k", k, text[0], sub_blocks, encodings[1]), ("v", v, text[1], 1, encodings[2]))
+    )  # fmt: skip
     k_means, v_means = (static[2], static[3]) if plan.decode else (current_means, value_means)
     indices, counts, tails, bias = choose(Choice(
         q_means, k_means, tables.q_counts, tables.k_counts, tables.valid, tables.keep, tables.near, plan.first, size, sub_blocks,
@@ -224,7 +279,33 @@ def _attend(plan: Plan, q, k, v, static, sub_blocks: int, scale: float, summary:
         queries, packed_k, packed_v, indices, counts, tables.valid, size, scale, tails, keys, values, k_summary, v_summary,
         bias if summary else None, rows=tables.rows, length=q.shape[2], clean=True,
     ))  # fmt: skip
-    return out
+    return out, keys, values
+
+
+def _blocks(plan: Plan, name: str, x: Tensor, order: Tensor, parts: int, encoding: Encoding, kept: bool = False) -> tuple[Tensor, Tensor]:
+    """The current segment's queries, keys or values in blocks, and their means. kept: in memory of their own, without padding."""
+    batch, heads, length, dim = x.shape
+    shape = (batch * encoding.branches, heads, length if kept else plan.current_blocks * plan.block_size, dim)
+    means = torch.empty(*shape[:2], plan.current_blocks * parts, dim, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    if kept:
+        blocks = x.new_empty(shape)
+        order_into(x, order, blocks, means, plan.block_size, parts, encoding)
+    else:
+        blocks = scratch(f"current {name}", shape, x)
+        pack_into(x, order, blocks, means, plan.block_size, parts, encoding)
+    return blocks, means
+
+
+def _second(plan: Plan, name: str, x: Tensor, text: Sequence[Tensor], encoding: Encoding) -> Tensor:
+    """Keys or values that are read as a whole, so that their order does not matter: the current ones, and text behind them."""
+    if encoding.empty and not text:
+        return x
+    joined = scratch(f"current {name}", (x.shape[0] * encoding.branches, x.shape[1], plan.second, x.shape[3]), x)
+    at = 0
+    for part, how in ((x, encoding), *((t, Encoding()) for t in text)):
+        order_into(part, None, joined[:, :, at : at + part.shape[2]], None, ROWS, 1, how)
+        at += part.shape[2]
+    return joined
 
 
 class Tables(NamedTuple):
@@ -246,7 +327,7 @@ def plan_tables(plan: Plan, sub_blocks: int, device) -> Tables:
 def _plan_tables(device, plan: Plan, sub_blocks: int) -> Tables:
     size = plan.block_size
     grid = (plan.frames[plan.current], plan.height, plan.width, plan.tile)
-    valid = torch.cat([block_valid(plan.lengths[s], size, device) for s in (*plan.static, plan.current)])
+    valid = torch.cat([block_valid(n, size, device) for n in (*(plan.lengths[s] for s in plan.static), plan.second)])
     parts = lambda x: x if sub_blocks == 1 else part_counts(x, size, sub_blocks)
     return Tables(
         tile_order(*grid, device), row_places(*grid, size, device), valid, parts(block_valid(plan.lengths[plan.current], size, device)),

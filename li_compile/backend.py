@@ -12,11 +12,12 @@ _LOCAL = threading.local()
 
 
 def light_interaction(gm, example_inputs: Sequence[Any], *, mode: str | None = None,
-                      options: Mapping[str, Any] | None = None) -> Callable:
+                      options: Mapping[str, Any] | None = None, ordered: bool = False) -> Callable:
     """Compile a traced graph: find the patterns, rewrite them, hand the rest to Inductor.
 
     ``torch.compile(fn, backend="light_interaction", options={"preset": "all", "sparse.topk_ratio": 0.2})``; options as
-    in :class:`li_compile.Config`, ``mode`` as for Inductor. Raises ConfigError for unknown options and modes.
+    in :class:`li_compile.Config`, ``mode`` as for Inductor. Raises ConfigError for unknown options and modes. ordered: of
+    :class:`li_compile.compiling.Compiled` alone, which watches over caches in tile order (li_compile/handover.py).
     """
     import torch
 
@@ -26,13 +27,13 @@ def light_interaction(gm, example_inputs: Sequence[Any], *, mode: str | None = N
     from li_compile.errors import LightInteractionError, RewriteError
     from li_compile.patterns.graph import placeholders, value
     from li_compile.patterns.preparation import in_force, is_prepared
-    from li_compile.pipeline import canonical, digest, match, report_of
+    from li_compile.pipeline import canonical, digest, match, report_of, with_caches_in_order
     from li_compile.report import GraphReport
 
     config = Config.from_options(options or {})
     graphs = {"triton.cudagraphs": True} if config.cuda_graphs and any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs) else {}
     patches = {**_compat.mode_patches(mode), **graphs, **config.inductor}
-    key = digest(config.digest())
+    key = digest(config.digest() + " in tile order" * ordered)
 
     def lower(module, inputs):
         if config.lowering == "eager":
@@ -52,6 +53,7 @@ def light_interaction(gm, example_inputs: Sequence[Any], *, mode: str | None = N
     fakes = [value(p) for p in placeholders(gm.graph)]
     try:
         facts = match(canonical(gm, fakes, config), config)
+        facts = with_caches_in_order(facts) if ordered else facts
     except LightInteractionError:
         raise
     except Exception as error:

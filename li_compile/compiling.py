@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from li_compile import handover
 from li_compile.backend import light_interaction, reporting
 from li_compile.config import Config
 from li_compile.dispatch import warming
@@ -17,6 +19,7 @@ from li_compile.patterns.recognise import family_of_model
 from li_compile.pipeline import family_of
 from li_compile.report import Report
 from li_compile.rollout import CompiledPipeline, Rollout, family_for
+from li_compile.session import Session
 
 
 def with_family(config: Config, model: Any) -> Config:
@@ -35,7 +38,8 @@ class Compiled:
     preparation changed in it (``preparation.changes``) is changed back.
     """
 
-    def __init__(self, original: Callable[..., Any], config: Config) -> None:
+    def __init__(self, original: Callable[..., Any], config: Config, keeps_caches: bool = False) -> None:
+        """keeps_caches: keys and values of context that it returns go to calls of it alone, unchanged, as in a rollout of ours."""
         self.original, self.config, self._report = original, config, Report(config.to_options())
         family = family_of(config)
         self.preparation = prepare(original, family)
@@ -47,9 +51,19 @@ class Compiled:
         if self._arguments is not None and config.sparse.enabled and config.sparse.min_context:
             dense = dataclasses.replace(config, sparse=dataclasses.replace(config.sparse, enabled=False))
             self._dense = torch.compile(original, backend=light_interaction, options=dense.to_options())
+        # Encodings, and steps whose context is in tile order; all else finds it in the model's.
+        self._handed_on, self._ordered = family.handed_on if family is not None and self._arguments is not None else None, None
+        if keeps_caches and self._handed_on is not None and config.sparse.enabled and config.exact.enabled and config.exact.tile_order:
+            self._ordered = torch.compile(original, backend=functools.partial(light_interaction, ordered=True), options=config.to_options())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run = self._run
+        cached = self._handed_on(kwargs) if self._handed_on is not None else []
+        order = handover.common_order(cached)
+        ours = not cached or order is not None and order.tile == self.config.sparse.tile
+        ordered = self._ordered is not None and not self._pruned_by_plan() and ours
+        if not ordered:
+            args, kwargs = handover.in_model_order((args, kwargs))
+        run = self._ordered if ordered else self._run
         if self._arguments is not None:
             given = self._arguments(args, kwargs)
             if given is None:
@@ -57,11 +71,17 @@ class Compiled:
             args, kwargs, frames = given
             if frames is not None and frames < self.config.sparse.min_context:
                 run = self._dense
-        with reporting(self._report):
+        with reporting(self._report), handover.handing(order if ordered else None):
             return run(*args, **kwargs)
 
+    def _pruned_by_plan(self) -> bool:
+        """Whether a chunk is open whose plan may drop frames of a cache, which are to be found where the model has them."""
+        session = Session.current()
+        return self.config.context.enabled and session is not None and session.scope is not None
+
     def __getattr__(self, name: str) -> Any:
-        if name in ("original", "config", "preparation", "_arguments", "_run", "_dense", "_report"):  # not set yet, as while unpickling
+        own = ("original", "config", "preparation", "_arguments", "_run", "_dense", "_ordered", "_handed_on", "_report")
+        if name in own:  # not set yet, as while unpickling
             raise AttributeError(name)
         return getattr(self.original, name)
 
@@ -99,7 +119,7 @@ def compile(model: Any, config: Config | None = None, family: str | None = None)
     known = family_for(model, config)
     if known is not None:
         config = dataclasses.replace(config, family=known.name)
-        return CompiledPipeline(model, known, Rollout(config, lambda module: Compiled(module, config)))
+        return CompiledPipeline(model, known, Rollout(config, lambda module: Compiled(module, config, keeps_caches=True)))
     if not callable(model) or isinstance(model, type):
         raise ConfigError(f"{type(model).__name__} is neither a module nor a function; give its transformer, or a "
                           "function that denoises a chunk")

@@ -74,6 +74,8 @@ class ExactConfig(_Section):
     encode: norm, rotary and camera encodings of queries, keys and values are one operator, where there is a kernel for it.
     dense_attention: attention that stays dense is computed by the Hopper kernel, where that is faster, without concatenating keys and values.
     linear_gelu: GELU in its tanh form is applied by the linear layer before it, in half precision on an NVIDIA GPU.
+    tile_order: in a pipeline's rollout, the context's keys and values keep the tile order of block-sparse attention from the call that
+        encodes them to the steps that read them, and what such attention alone reads is encoded on its way into that order.
     small_products: small matrices over many vectors, as of cameras, are written out as products and sums, which compilers fuse.
     merge_regions: equal blocks are compiled once.
     invariant_memory: share of the device's memory that values of single layers, the same in all denoising steps, may take from the first
@@ -95,6 +97,7 @@ class ExactConfig(_Section):
     encode: bool = option(True, FLAG)
     dense_attention: bool = option(True, FLAG)
     linear_gelu: bool = option(True, FLAG)
+    tile_order: bool = option(True, FLAG)
     small_products: bool = option(True, FLAG)
     merge_regions: bool = option(True, FLAG)
     shared_steps: bool = option(True, FLAG)

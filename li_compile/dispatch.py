@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from li_compile import _compat
+from li_compile import _compat, handover
 from li_compile.calls import Calls, Known
 from li_compile.config import Config
 from li_compile.loops import LoopVariant
-from li_compile.patterns import Miss
+from li_compile.patterns import CONTEXT, Miss
 from li_compile.pipeline import Base, Facts, build, prepare
 from li_compile.regions import lower_regions
 from li_compile.report import GraphReport
@@ -71,11 +71,21 @@ class Dispatcher(Calls):
         if not self.prunes or context.history_w2c is None:  # without cameras, a call outside of Session.chunk() is not pruned
             for reuse in (False, True) if self.known.reuses else (False,):
                 self._add(Variant(None, reuse), inputs, fakes, _compat.fake_mode_of(fakes))
+        # Of caches that are handed on in tile order: the order of those that the graph reads, and of those that it returns.
+        order = handover.Order(config.sparse.tile, facts.sites[0].grid) if facts.ordered and facts.sites else None
+        self.reads = order if any(s.role == CONTEXT for site in facts.sites for s in site.segments) else None
+        self.returns = order if self.reads is None and order is not None and report.variants[0].counts()["tile_order"] else None
 
     def __call__(self, *args: Any):
         if _WARMING.get() and self.prunes:
             self.warm(args)
-        return super().__call__(*args)
+        if self.reads is not None:
+            handover.check(self.reads)
+        out = super().__call__(*args)
+        for x in out if self.returns is not None else ():
+            if isinstance(x, torch.Tensor):
+                handover.remember(x, self.returns)
+        return out
 
     def warm(self, args: Sequence[Any]) -> None:
         """Compile the variants for these inputs, and for less context than they hold, that the policy can come to."""

@@ -24,6 +24,7 @@ from li_compile.passes.dead_tails import dead_tails
 from li_compile.passes.dense_attention import dense_attention
 from li_compile.passes.encode import encode
 from li_compile.passes.equal_rows import equal_rows
+from li_compile.passes.fold_encodings import fold_encodings
 from li_compile.passes.forward_stores import forward_stores
 from li_compile.passes.functional_writes import functional_writes
 from li_compile.passes.index_slices import index_slices
@@ -48,6 +49,7 @@ from li_compile.passes.share_steps import share_steps
 from li_compile.passes.small_products import small_products
 from li_compile.passes.sparse_attention import sparse_attention
 from li_compile.passes.split_cone import split_cone
+from li_compile.passes.tile_order import tile_order
 from li_compile.patterns import registry
 from li_compile.patterns.context_check import check_context
 from li_compile.patterns.find_spellings import Found, find_spellings, fired, never_fired
@@ -58,6 +60,9 @@ from li_compile.report import GraphReport, VariantReport
 from li_compile.reuse import apply_reuse, describe, found_loop
 
 
+ANYWHERE = ("keys and values that this graph returns or is given may go anywhere and come from anywhere: they stay in the model's order. In a "
+            "pipeline's rollout, li_compile.compile(pipeline), they go from an encoding to its steps alone")
+
 # In this order: of equal regions the others then see one, values that are written in place cannot be moved, rows are found before equal
 # nodes are merged (which hides none).
 EXACT = (merge_regions, functional_writes, real_arithmetic, equal_rows, encode, small_products, invariants, dead_tails)
@@ -67,7 +72,8 @@ LAST = (dense_attention, linear_gelu, repeated_blocks)
 
 @dataclasses.dataclass
 class Facts:
-    """What was matched in a canonical graph. context and loop are None where there is none or the part is off."""
+    """What was matched in a canonical graph. context and loop are None where there is none or the part is off. ordered: its caller hands
+    caches in tile order from encodings to steps (li_compile/handover.py)."""
 
     module: GraphModule
     sites: list[patterns.AttentionSite]
@@ -75,6 +81,7 @@ class Facts:
     loop: patterns.DenoisingLoop | None
     misses: list[patterns.Miss]
     family: patterns.Family | None = None
+    ordered: bool = False
 
     @property
     def empty(self) -> bool:
@@ -160,6 +167,12 @@ def match(module: GraphModule, config: Config) -> Facts:
             raise PatternError(text)
         warnings.warn(text, stacklevel=3)
     return Facts(module, sites, context, loop, [*left.misses, *wrong, *_told(misses, left), *why, *why_not], family)
+
+
+def with_caches_in_order(facts: Facts) -> Facts:
+    """The facts of a graph whose caller hands on caches in tile order: what a plan would drop of a cache was left out when it was made, and could
+    not be found in it."""
+    return dataclasses.replace(facts, context=None, ordered=True)
 
 
 def _told(misses: list[patterns.Miss], left: Found) -> list[patterns.Miss]:
@@ -268,6 +281,11 @@ def prepare(facts: Facts, config: Config, inputs: Sequence[Any], mode, kept: int
             m, _sites(m, facts, config), topk_ratio=s.topk_ratio,
             prefill_ratio=s.prefill_ratio, tile=s.tile, block_size=s.block_size, sub_blocks=s.sub_blocks,
             min_context=s.min_context, skip_layers=s.skip_layers, summary=s.summary, head_ratios=s.head_ratios))
+        if facts.ordered:
+            apply("tile_order", tile_order, needed=True)  # what is left as it is would choose among blocks of tokens from everywhere
+            apply("fold_encodings", fold_encodings)
+        elif config.exact.enabled and config.exact.tile_order and facts.family is not None and facts.family.handed_on is not None:
+            base.records.append(Record("tile_order", misses=[patterns.Miss("tile order", "graph", ANYWHERE)]))
         apply("pack_context", pack_context)
     if config.exact.enabled and config.exact.islands != "keep":  # after what moves products: none leaves an autocast of its own
         apply("islands", lower_islands if config.exact.islands == "bf16" else islands_in_tf32)

@@ -29,6 +29,9 @@ def _dims(x) -> list[int]:
 
 def _operations(node: Node) -> int | None:
     out = value(node)
+    if node.target is torch.ops.li.sparse_prefill.default:
+        q, keys, _, roles, height, width, tile, block, prefill, _, _, _, heads = node.args
+        return _sparse(node, [_dims(value(k))[2] for k in keys], roles, height, width, tile, block, prefill, prefill, heads)
     if not isinstance(out, torch.Tensor):
         return None
     if calls(node, LINEAR) or node.target is torch.ops.li.linear_gelu.default:
@@ -51,18 +54,19 @@ def _operations(node: Node) -> int | None:
         return 4 * math.prod(q) * sum(_dims(value(k))[2] for k in node.args[1])
     if node.target is torch.ops.li.sparse_attention.default:
         q, keys, _, roles, height, width, tile, block, topk, prefill, _, _, _, heads = node.args
-        protected = node.kwargs.get("protected", 0)
-        return _sparse(q, [_dims(value(k))[2] for k in keys], roles, height, width, tile, block, topk, prefill, heads, protected)
+        return _sparse(node, [_dims(value(k))[2] for k in keys], roles, height, width, tile, block, topk, prefill, heads)
     if node.target is torch.ops.li.sparse_decode.default:
         q, _, _, _, _, _, _, lengths, roles, height, width, tile, block, topk, _, _, _, heads = node.args
         lengths = [*lengths, _dims(value(q))[2]]
-        return _sparse(q, lengths, [*roles, CURRENT], height, width, tile, block, topk, 1.0, heads)
+        return _sparse(node, lengths, [*roles, CURRENT], height, width, tile, block, topk, 1.0, heads)
     return None
 
 
-def _sparse(q: Node, lengths, roles, height, width, tile, block, topk, prefill, heads, protected=0) -> int:
-    batch, heads_, n, dim = _dims(value(q))
-    ratio = density(lengths, roles, height, width, tuple(tile), block, topk, prefill, tuple(heads), protected).ratio
+def _sparse(node: Node, lengths, roles, height, width, tile, block, topk, prefill, heads) -> int:
+    out = value(node)
+    batch, heads_, n, dim = _dims(out if isinstance(out, torch.Tensor) else out[0])
+    more = [node.kwargs.get(name, default) for name, default in (("protected", 0), ("in_place", False))]
+    ratio = density(lengths, roles, height, width, tuple(tile), block, topk, prefill, tuple(heads), *more).ratio
     return int(4 * batch * heads_ * n * dim * sum(lengths) * ratio)
 
 
@@ -74,7 +78,9 @@ def cost_of(node: Node) -> tuple[int, int]:
 
 def _tensors(node: Node) -> list[torch.Tensor]:
     """What an operator writes, then what it reads."""
-    return [value(n) for n in (node, *node.all_input_nodes) if isinstance(value(n), torch.Tensor)]
+    written = value(node)
+    written = written[:1] if isinstance(written, (tuple, list)) else [written]  # of sparse_prefill: what it moves is no part of the product
+    return [x for x in (*written, *map(value, node.all_input_nodes)) if isinstance(x, torch.Tensor)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ def pack_context(module: GraphModule) -> Record:
     packs: dict[tuple, list[Node]] = {}
     for region, owner in {"": module, **subgraphs(module)}.items():
         for node in list(owner.graph.nodes):
-            if node.target is not WHOLE or CONTEXT not in node.args[3]:
+            if node.target is not WHOLE or CONTEXT not in node.args[3] or node.kwargs.get("in_place"):
                 continue
             reason = _refusal(owner, node, region)
             if reason is not None:

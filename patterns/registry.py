@@ -43,6 +43,9 @@ class Family:
         the call reads or encodes (None: unknown); or None where the module is to run as it is.
     holds: keyword argument of such a call -> dimension along which it holds context. Where context is pruned, and all of them are
         given, that size is one that may change; all other sizes are constants of a graph.
+    handed_on: called as ``handed_on(given)`` with the keyword arguments of such a call, or with what one returned: the keys and values of
+        context, ``[B, H, tokens, D]``, that an encoding returns and the steps of a chunk are given, in a list; an empty one where a call
+        neither reads nor returns any. With it, in a rollout that ``attach`` took in hand, they may be kept in another order of tokens.
     pipelines: qualified names of pipeline classes, subclasses included, by which ``li_compile.compile(pipeline)`` knows the family.
     attach: called as ``attach(pipeline, patch, rollout)`` by ``li_compile.compile`` with such a pipeline, to put compiled models and
         planned chunks where the pipeline runs its rollout; changes go through ``patch``. rollout: ``config``; ``session``, one
@@ -79,6 +82,7 @@ class Family:
     prepare: Callable | None = None
     arguments: Callable | None = None
     holds: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    handed_on: Callable | None = None
     pipelines: tuple[str, ...] = ()
     attach: Callable | None = None
     groups: Mapping[str, str] = dataclasses.field(default_factory=dict)

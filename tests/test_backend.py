@@ -346,7 +346,8 @@ def digest():
 
 CHANGED = {"strict": True, "lowering": "eager", "inductor": {"max_autotune": True}, "family": "doom_world", "offload": True, "stream": True, "cuda_graphs": True,
            "exact.enabled": False, "exact.functional_writes": False, "exact.real_arithmetic": False, "exact.equal_rows": False,
-           "exact.encode": False, "exact.dense_attention": False, "exact.linear_gelu": False, "exact.small_products": False, "exact.invariants": False, "exact.invariant_memory": 0.2, "exact.dead_tails": False, "exact.merge_regions": False,
+           "exact.encode": False, "exact.dense_attention": False, "exact.linear_gelu": False, "exact.small_products": False, "exact.tile_order": False,
+           "exact.invariants": False, "exact.invariant_memory": 0.2, "exact.dead_tails": False, "exact.merge_regions": False,
            "exact.shared_steps": False, "exact.repeated_blocks": False, "exact.islands": "bf16", "sparse.enabled": False, "sparse.topk_ratio": 0.2,
            "sparse.prefill_ratio": 0.2, "sparse.tile": (2, 8, 4), "sparse.block_size": 32, "sparse.sub_blocks": 2,
            "sparse.min_context": 4, "sparse.summary": True, "sparse.head_ratios": (0.5, 0.25),

@@ -111,6 +111,13 @@ def arguments(model, args, kwargs):
     return (), given, frames
 
 
+def handed_on(given) -> list[torch.Tensor]:
+    """Keys and values of latents that a vision call reads, by its arguments, or returned."""
+    if isinstance(given, dict):
+        given = () if given.get("cache_vision") else given.get("kv_cache") or ()
+    return [e[name] for e in given if isinstance(e, dict) for name in ("k_vision", "v_vision") if e.get(name) is not None]
+
+
 def free_lengths(given: dict, keep: bool, cached: tuple[str, str], tokens: int) -> int:
     """Let a call's lengths of context and cache change from call to call, in place; the number of latents of context that it reads or
     encodes. keep: it encodes; cached: names of a cache entry's keys and values of latents; tokens: in a latent."""
@@ -152,6 +159,7 @@ FAMILY = register_family(Family(
     modules=(MODEL,),
     prepare=prepare,
     arguments=arguments,
+    handed_on=handed_on,
     pipelines=(PIPELINE,),
     attach=attach,
 ))

@@ -158,19 +158,21 @@ ENCODED = {"HEADS": 4, "NORMED": True, "ROTATED": True, "PROJECTED": True}
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("flags", [{}, ENCODED, ENCODED | {"BLOCKED": False, "ORDERED": False}], ids=["plain", "encoded", "encode"])
+@pytest.mark.parametrize("flags", [{}, ENCODED, ENCODED | {"PADDED": False, "AVERAGED": False, "ORDERED": False},
+                                   ENCODED | {"PADDED": False}, {"PADDED": False, "AVERAGED": False}, {"TOKENS": False, "PADDED": False, "ORDERED": False}],
+                         ids=["plain", "encoded", "encode", "kept in order", "order alone", "means alone"])
 def test_pack(flags, capability, tmp_path):
     from li_compile.kernels._pack_kernel import pack_kernel as kernel
 
     tool("ptxas")
     constants = {"DIM": 128, "ROWS": 32, "HEADS": 1, "ORDERED": True, "NORMED": False, "ROTATED": False, "PROJECTED": False,
-                 "BLOCKED": True} | flags  # fmt: skip
+                 "TOKENS": True, "PADDED": True, "AVERAGED": True} | flags  # fmt: skip
     signature = typed(kernel, constants, ("bf16", "X NORM OUT"), ("fp32", "COS SIN CAMERA MEANS"), ("i64", "ORDER"), eps="fp32")
     compiled = aot_compile(kernel, signature, constants, capability, num_warps=4, num_stages=3)
     used = resources(compiled.asm["cubin"], tmp_path)
     assert used["STACK"] == 0 and used["LOCAL"] == 0, f"spills: {used}"
     assert re.search(r"ld\.global\.v4\.b32", compiled.asm["ptx"]), "loads should be 16 bytes wide"
-    assert re.search(r"st\.global\.v[24]\.b32", compiled.asm["ptx"]), "stores should be wide"
+    assert not constants["TOKENS"] or re.search(r"st\.global\.v[24]\.b32", compiled.asm["ptx"]), "stores of tokens should be wide"
 
 
 @pytest.mark.parametrize("capability", [80, 90])
