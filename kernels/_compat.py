@@ -13,7 +13,8 @@ import re
 
 import torch
 
-__all__ = ["aot_compile", "body_of", "capability", "cpu_flash", "gluon", "has_triton", "interpreting", "real_tensors", "untraced", "without_hidden", "without_lines"]
+__all__ = ["aot_compile", "body_of", "capability", "cpu_flash", "gluon", "has_triton", "interpreting", "real_tensors", "untraced", "without_hidden",
+           "without_lines"]  # fmt: skip
 
 
 @functools.cache

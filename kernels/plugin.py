@@ -60,6 +60,7 @@ def why_not_plugin(name: str, arguments: dict, plan: Plan | None) -> str | None:
         return "nothing is left out of it"
     if plan.pitch > LONGEST:
         return f"TensorRT sorts lists of at most {LONGEST} blocks, and its would have {plan.pitch}"
+    budget(plan, 1)  # kept from now on: it reads numbers, which cannot be done while a graph is traced
     q = arguments["q"]
     return why_no_ptx(q.dtype, q.shape[3], plan.block_size)
 
@@ -86,7 +87,7 @@ def _lists(plan: Plan, chosen: Tensor | None, shape: tuple[int, ...], device) ->
         if budget(plan, 1)[2] is not None:  # of unequal lists, the shorter ones are filled up with what comes last
             ranked = torch.where(cached(counted_entries, device, plan, 1), ranked, 2 * plan.total)
         parts.append(ranked)
-    ranked = torch.cat(parts, -1).sort(-1).values
+    ranked = torch.cat(parts, -1).topk(plan.pitch, -1, largest=False).values  # in TensorRT sorting is this, and for sorting it wants more to be known
     numbers = cached(_numbers, device, plan.total).index_select(0, ranked.flatten()).view(ranked.shape)
     tails = ((ranked >= plan.total) & (ranked < 2 * plan.total)).sum(-1, dtype=torch.int32)
     return numbers, counts.expand(shape).contiguous(), tails
