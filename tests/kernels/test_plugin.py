@@ -99,8 +99,7 @@ def test_padding_is_not_looked_at(case, calls):
 
 
 @pytest.mark.skipif(not interpreting(), reason="test_interpreter.py runs it in a process whose Triton interprets")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=lambda x: str(x)[6:])
-@pytest.mark.parametrize("case", SPARSE)
+@pytest.mark.parametrize(("case", "dtype"), [*((case, torch.float16) for case in SPARSE), ("decode, partial blocks, no text", torch.float32)])
 def test_the_kernel_on_triton_cpu(case, dtype, calls):
     """With the constants, the grid and the order of arguments that a plugin is built with, on poisoned padding, and scores far apart."""
     from li_compile.kernels._plugin_kernel import block_sparse_plugin_kernel as kernel
