@@ -6,6 +6,8 @@ that may be missing. So the scale is a tensor, and every size is one of a shape.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from .block_sparse import attend
@@ -55,7 +57,7 @@ def _(q, k, v, current_k, current_v, block_indices, block_counts, tails, kv_vali
     return q.new_empty(batch, length, heads, dim)
 
 
-def block_size_of(shapes: dict[str, tuple[int, ...]]) -> int:
+def block_size_of(shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Tokens of a block, of a call whose arguments have these shapes. Raises ValueError if rows are no whole blocks."""
     rows, blocks = shapes["rows"][0], shapes["block_indices"][2]
     if not blocks or rows % blocks:
@@ -63,7 +65,7 @@ def block_size_of(shapes: dict[str, tuple[int, ...]]) -> int:
     return rows // blocks
 
 
-def two_sources(shapes: dict[str, tuple[int, ...]]) -> bool:
+def two_sources(shapes: Mapping[str, tuple[int, ...]]) -> bool:
     """Whether a call whose arguments have these shapes reads a first source beside the second. Raises ValueError if kv_valid fits neither."""
     size = block_size_of(shapes)
     first, second = (num_blocks(shapes[name][2], size) for name in ("k", "current_k"))

@@ -61,7 +61,10 @@ def launch_config(dtype: torch.dtype, head_dim: int, block_size: int) -> Launch:
 
 
 def specialised(dtype: torch.dtype, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Any], Launch, int]:
-    """(the kernel's constants, its options, its grid) for arguments of ``li::block_sparse_plugin`` of these shapes, by their names."""
+    """(the kernel's constants, its options, its grid) for arguments of ``li::block_sparse_plugin`` of these shapes, by their names. Raises
+    ValueError for sizes that are not known, or don't fit together."""
+    if min(size for shape in shapes.values() for size in shape) < 1:
+        raise ValueError(f"sizes are constants of the kernel, and must be known; found {dict(shapes)}.")
     batch, heads, queries, dim = shapes["q"]
     size, (*_, query_blocks, pitch) = block_size_of(shapes), shapes["block_indices"]
     two, launch = two_sources(shapes), launch_config(dtype, dim, size)
@@ -81,15 +84,15 @@ def aot_kernel(dtype: torch.dtype, shapes: Mapping[str, tuple[int, ...]], capabi
         shapes: name of an argument of the operator -> its shape; all but tails, counts, values and the scale are looked at.
         capability: 80 or 90 (as 90a).
 
-    Raises ValueError for what :func:`why_no_ptx` names, for shapes that don't fit together, and where the kernel needs more than
+    Raises ValueError for what :func:`why_no_ptx` names, for shapes that :func:`specialised` refuses, and where the kernel needs more than
     :data:`SHARED` (sm_90a keeps queries there too, which is too much at some sizes).
     """
-    dim, size = shapes["q"][3], block_size_of(dict(shapes))
+    constants, launch, grid = specialised(dtype, shapes)
+    dim, size = constants["DIM"], constants["BLOCK"]
     if (why := why_no_ptx(dtype, dim, size)) is not None:
         raise ValueError(why)
     from ._plugin_kernel import block_sparse_plugin_kernel as kernel
 
-    constants, launch, grid = specialised(dtype, dict(shapes))
     values = dict.fromkeys(("Q", "K", "V", "CURRENT_K", "CURRENT_V", "OUT"), TYPES[dtype])
     signature = {name: values.get(name, "*fp32" if name == "SCALE" else "*i32") for name in ARGUMENTS}
     made = aot_compile(kernel, signature, constants, capability, num_warps=launch.num_warps, num_stages=launch.num_stages)

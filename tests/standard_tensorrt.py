@@ -20,6 +20,7 @@ import tempfile
 import zipfile
 
 import torch
+from packaging.requirements import Requirement
 
 STUB = """
 #include <stddef.h>
@@ -43,8 +44,10 @@ def make(folder: pathlib.Path) -> pathlib.Path:
     minor = ".".join(torch.__version__.split(".")[:2])
     _pip("install", "--target", str(folder), f"torch-tensorrt=={minor}.*", "dllist")
     (found,) = importlib.metadata.distributions(name="torch-tensorrt", path=[str(folder)])
-    wanted = next(m for r in found.requires if (m := re.match(r"tensorrt-cu13-bindings\s*(.*?)(;|$)", r.replace("(", "").replace(")", ""))))[1].strip()
-    _pip("install", "--target", str(folder), f"tensorrt-cu13-bindings{wanted}")
+    wanted = [r for text in found.requires if (r := Requirement(text)).name == "tensorrt-cu13-bindings"]
+    if not wanted:
+        raise CannotBeHad(f"torch-tensorrt {found.version} is not for CUDA 13")
+    _pip("install", "--target", str(folder), f"tensorrt-cu13-bindings{wanted[0].specifier}")
     (bindings,) = importlib.metadata.distributions(name="tensorrt-cu13-bindings", path=[str(folder)])
     _pip("install", "--target", str(folder), f"tensorrt-cu13=={bindings.version}")
     libraries, major = folder / "tensorrt_bindings", bindings.version.split(".")[0]

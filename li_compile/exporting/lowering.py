@@ -41,7 +41,6 @@ NEEDED = {
     "dense": "attention is dense here, in standard operators",
     "domain": "the runtime needs an implementation of the domain li_compile",
     "segment": "runs in PyTorch between two engines, with li_compile",
-    "plugin": "a TensorRT plugin, which holds our Triton kernel for sm_80; experimental: no engine with it was ever run",
 }
 
 
@@ -117,8 +116,10 @@ def _choose(node: Node, name: str, ways: tuple[str, ...]) -> tuple[str, str, Cal
                 reasons.append(reason)
         elif way == "plugin":
             values = {a: map_arg(x, value) for a, x in arguments.items()}
-            if (reason := why_not_plugin(name, values, _plan(name, arguments))) is None:
-                return way, NEEDED[way], partial(call, PLUGIN[name], node.args, node.kwargs)
+            plan = _plan(name, arguments)
+            if (reason := why_not_plugin(name, values, plan)) is None:
+                how = f"our Triton kernel, for sm_80, reads at most {plan.pitch} of {plan.total} blocks; experimental: no engine with it was ever run"
+                return way, how, partial(call, PLUGIN[name], node.args, node.kwargs)
             if name in PLUGIN:
                 reasons.append(reason)
         elif way == "compiled":

@@ -210,6 +210,7 @@ def test_scratch_memory_is_refused():
 
 @pytest.mark.parametrize(("change", "says"), [
     ({"rows": (100,)}, "rows must be whole blocks, one for each of 3 lists; found 100"),
+    ({"k": (1, 2, -1, 64)}, "sizes are constants of the kernel, and must be known; found"),
     ({"kv_valid": (5,)}, "kv_valid must have an entry for each block, 10, or 3 where the second source is all; found 5"),
 ])
 def test_shapes_that_do_not_fit(change, says):
