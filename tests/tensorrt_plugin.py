@@ -9,6 +9,7 @@ import json
 import pathlib
 import sys
 import tempfile
+import types
 
 sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parents[1])]
 
@@ -116,6 +117,30 @@ def created() -> dict:
             "outputs": [t.name for t in plugin.get_output_data_types(halves, [4, 4, 4, 4, 4, 4, 3, 3, 1, 1, 1])]}
 
 
+def converted() -> dict:
+    """What Torch-TensorRT's converter adds to a network for a call: names stand for tensors, as there is no network to make any."""
+    import tensorrt_bindings.plugin._lib as definitions
+    import torch_tensorrt.dynamo.conversion.plugins._generate_plugin_converter as plugins
+
+    added, names = [], [a.name for a in OPERATOR._schema.arguments]
+
+    def add_plugin(make, aot: bool):
+        request = trt.QuickPluginCreationRequest.STRICT_AOT if aot else trt.QuickPluginCreationRequest.STRICT_JIT
+        inputs, shapes, plugin = make(request)
+        added.append({"inputs": inputs, "shapes": shapes, "class": type(plugin).__name__, "aot": aot})
+        return types.SimpleNamespace(get_output=lambda i: f"output {i}")
+
+    node = torch.fx.Graph().call_function(OPERATOR, tuple(names))
+    convert = DYNAMO_CONVERTERS[node][0]
+    tensor, kind = plugins.get_trt_tensor, definitions.trt.ITensor
+    plugins.get_trt_tensor, definitions.trt.ITensor = (lambda context, x, name: x), str
+    try:
+        output = convert(types.SimpleNamespace(net=types.SimpleNamespace(add_plugin=add_plugin)), OPERATOR, tuple(names), {}, "attention")
+    finally:
+        plugins.get_trt_tensor, definitions.trt.ITensor = tensor, kind
+    return {"added": added, "output": output, "names": names}
+
+
 def main() -> dict:
     world = WorldConfig(channels=4, height=4, width=4, dim=64, heads=2, depth=1, rope_dims=(8, 12, 12), cond_dim=16, text_dim=16, registers=4)
     chunk = ChunkSampler(seeded(WorldModel, config=world), steps=3)
@@ -128,7 +153,7 @@ def main() -> dict:
     made["native"] = parted(half, [torch.ones(1, 64, 9, 2, 4).half()], SPARSE, sparse="auto")
     for way in ("prefill", "decode"):
         made[way]["kernels"] = [kernel_of(p[:-1]) for part in made[way]["parts"] for p in part["plugins"]]
-    made["created"] = created()
+    made["created"], made["converted"] = created(), converted()
     made["doctor"] = vars(doctor._tensorrt_plugin())
     return made
 

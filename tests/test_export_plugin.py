@@ -90,6 +90,14 @@ def test_what_tensorrt_is_handed(ran, way, calls, kind):
 
 
 @pytest.mark.slow
+def test_the_converter_adds_one_ahead_of_time_plugin(ran):
+    """Its inputs in the order of the operator, none of them a shape."""
+    (added,) = ran["converted"]["added"]
+    assert added["aot"] and added["class"] == "_TemplateAOTPlugin" and added["shapes"] == [] and ran["converted"]["output"] == "output 0"
+    assert added["inputs"] == [a.name for a in tensorrt_plugin.OPERATOR._schema.arguments]
+
+
+@pytest.mark.slow
 def test_the_doctor_says_so(ran):
     assert ran["doctor"]["status"] == "note" and ran["doctor"]["found"].startswith("can be registered")
     assert "no engine with it was ever run" in ran["doctor"]["found"]

@@ -243,8 +243,8 @@ def _tensorrt_plugin() -> Finding:
     if (why := why_no_plugin()) is not None:
         problem, _, advice = why.rpartition(": ")
         return Finding("tensorrt plugin", "note", problem, advice)
-    return Finding("tensorrt plugin", "note", "can be registered, its kernel compiled (sm_80, which newer GPUs run); experimental: no engine with it was ever run",
-                   "nothing to do, if it is not needed; else compare an engine's results with another target's")
+    return Finding("tensorrt plugin", "note", "can be registered, its kernel compiled (sm_80, which newer GPUs run); experimental: no engine with it was "
+                   "ever run", "nothing to do, if it is not needed; else compare an engine's results with another target's")
 
 
 CHECKS = (_python, _torch, _triton, _numpy, _gpu, _kernels, _compiler, _inductor_cache, _triton_cache, _backend, _families,

@@ -55,7 +55,8 @@ def check_choice(target: str, sparse: str) -> None:
 def lower_operators(graph: GraphModule, target: str, sparse: str, strict: bool) -> list[dict[str, Any]]:
     """Lower every call of an operator of ours, in place, and say how, one row for all calls alike.
 
-    Rows: operator, calls, lowering, why. Raises ExportError under strict where the artifact would need li_compile or a runtime's own implementation, or be dense.
+    Rows: operator, calls, lowering, why. Raises ExportError under strict where the artifact would need li_compile or a runtime's own
+    implementation, or be dense.
     """
     def done(name: str, how: str, why: str, lower: Callable[[], None]) -> None:
         if strict and how in ("dense", "domain", "segment"):

@@ -38,7 +38,8 @@ def why_no_plugin() -> str | None:
     try:
         trtp = _trtp()
     except Exception as error:  # a library that is missing shows as whatever it pleases
-        return f"tensorrt.plugin cannot be imported ({type(error).__name__}: {error}): reinstall the TensorRT that belongs to torch-tensorrt {found['torch-tensorrt']}"
+        return (f"tensorrt.plugin cannot be imported ({type(error).__name__}: {error}): reinstall the TensorRT that belongs to torch-tensorrt "
+                f"{found['torch-tensorrt']}")
     if not hasattr(trtp, "aot_impl"):
         return f"this TensorRT's plugins cannot be compiled ahead of time: install the one that belongs to torch-tensorrt {found['torch-tensorrt']}"
     return None
