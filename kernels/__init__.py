@@ -7,6 +7,7 @@ if __name__ == "kernels":
     raise ImportError("import li_compile.kernels instead")
 
 from .block_sparse import block_sparse_attention, expected_provider
+from .block_sparse_plugin import block_sparse_plugin
 from .dense_attention import dense_attention
 from .frame_attention import frame_attention
 from .linear_gelu import linear_gelu
@@ -23,6 +24,7 @@ __all__ = [
     "Problem",
     "Provider",
     "block_sparse_attention",
+    "block_sparse_plugin",
     "choose_blocks",
     "dense_attention",
     "density",

@@ -173,8 +173,9 @@ def _attend(
             tl.store(FLAGS + line, 1)
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    lse = tl.where(empty, float("-inf"), (top + tl.math.log2(tl.where(empty, 1.0, total))) * LN2)
-    tl.store(LSE + line.to(tl.int64) * BLOCK + (tile % TILES) * ROWS + rows, lse)
+    if LSE is not None:
+        lse = tl.where(empty, float("-inf"), (top + tl.math.log2(tl.where(empty, 1.0, total))) * LN2)
+        tl.store(LSE + line.to(tl.int64) * BLOCK + (tile % TILES) * ROWS + rows, lse)
     to = first + rows
     written = to >= 0
     if MAPPED:

@@ -9,10 +9,12 @@ import contextlib
 import functools
 import importlib.util
 import os
+import re
 
 import torch
 
-__all__ = ["addmm_gelu", "aot_compile", "body_of", "capability", "cpu_flash", "gluon", "has_triton", "interpreting", "real_tensors", "untraced"]
+__all__ = ["addmm_gelu", "aot_compile", "body_of", "capability", "cpu_flash", "gluon", "has_triton", "interpreting", "real_tensors", "untraced", "without_hidden",
+           "without_lines"]  # fmt: skip
 
 
 @functools.cache
@@ -138,6 +140,27 @@ def aot_compile(kernel, signature: dict, constants: dict, capability: int, **opt
     is_gluon = getattr(kernel, "is_gluon", lambda: False)()
     source = (gluon().source if is_gluon else ASTSource)(fn=kernel, signature=full, constexprs=constexprs, attrs=hinted)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def without_hidden(compiled, arguments: int) -> str:
+    """The PTX of a compiled kernel, whose entry takes its own ``arguments`` and no more.
+
+    Triton adds pointers to scratch memory behind a kernel's own arguments (3.6 to 3.8: for all programs, and for its profiler), which who
+    launches it by hand would have to know of. Raises RuntimeError where the kernel uses them.
+    """
+    name, ptx = compiled.metadata.name, compiled.asm["ptx"]
+    entry = re.search(rf"\.visible \.entry {re.escape(name)}\((.*?)\n\)", ptx, re.S)
+    listed = [line.strip() for line in entry[1].strip().split(",\n")]
+    used = [i for i in range(arguments, len(listed)) if re.search(rf"\b{re.escape(name)}_param_{i}\b", ptx[entry.end() :])]
+    if used or compiled.metadata.global_scratch_size or compiled.metadata.profile_scratch_size or len(listed) < arguments:
+        raise RuntimeError(f"{name} was to take {arguments} arguments, and takes {len(listed)}, of which it uses {used} for scratch memory")
+    return ptx[: entry.start(1)] + "\n\t" + ",\n\t".join(listed[:arguments]) + ptx[entry.end(1) :]
+
+
+def without_lines(ptx: str) -> str:
+    """PTX without what tells a debugger of source lines: half of it, and paths of the machine that it was compiled on."""
+    ptx = re.sub(r"^\t\.(loc|file)\b.*\n", "", ptx, flags=re.M)
+    return re.sub(r"^\t\.section\s+\.debug_\w+\s*\{[^}]*\}\n*", "", ptx, flags=re.M)
 
 
 def _type_text(kind) -> str:

@@ -31,24 +31,24 @@ def sparse_attention(q, k, v, roles, height, width, tile, block_size, topk_ratio
     text = [[x[s] for s in plan.static if roles[s] == TEXT] for x in (k, v)]
     if plan.decode:
         context = [s for s in plan.static if roles[s] == CONTEXT]
-        blocks = [torch.cat([_packed(x[s], plan, s) for s in context], 2) for x in (k, v)]
-        valid = cached(_valid, q.device, plan, tuple(context))
+        blocks = [torch.cat([in_blocks(x[s], plan, s) for s in context], 2) for x in (k, v)]
+        valid = cached(valid_keys, q.device, plan, tuple(context))
         shared = [torch.cat([*t, x[plan.current]], 2) for t, x in zip(text, (k, v))]
     else:
-        blocks = [_packed(x[plan.current], plan, plan.current) for x in (k, v)]
-        valid = cached(_valid, q.device, plan, (plan.current,))
+        blocks = [in_blocks(x[plan.current], plan, plan.current) for x in (k, v)]
+        valid = cached(valid_keys, q.device, plan, (plan.current,))
         shared = [torch.cat(t, 2) if t else None for t in text]
-    means = _means(blocks[0], valid, block_size, sub_blocks)
+    means = block_means(blocks[0], valid, block_size, sub_blocks)
     return _attend(plan, q, *blocks, means, valid, *shared, sub_blocks, scale, share)
 
 
 def pack_context(k, v, roles, height, width, tile, block_size, sub_blocks, summary=False):
     """``li::pack_context`` without summaries."""
     plan = _static_plan(k, roles, height, width, tile, block_size)
-    packed = [torch.cat([_packed(x[s], plan, s) for s in plan.static], 2) for x in (k, v)]
-    valid = cached(_valid, packed[0].device, plan, tuple(s for s in plan.static if roles[s] == CONTEXT))
+    packed = [torch.cat([in_blocks(x[s], plan, s) for s in plan.static], 2) for x in (k, v)]
+    valid = cached(valid_keys, packed[0].device, plan, tuple(s for s in plan.static if roles[s] == CONTEXT))
     history = packed[0][:, :, plan.text_blocks * block_size :]
-    return *packed, _means(history, valid, block_size, sub_blocks), packed[0].new_zeros(0, dtype=torch.promote_types(packed[0].dtype, torch.float32))
+    return *packed, block_means(history, valid, block_size, sub_blocks), packed[0].new_zeros(0, dtype=torch.promote_types(packed[0].dtype, torch.float32))
 
 
 def sparse_decode(q, k, v, packed_k, packed_v, k_means, v_means, lengths, roles, height, width, tile, block_size, topk_ratio,
@@ -67,7 +67,7 @@ def sparse_decode(q, k, v, packed_k, packed_v, k_means, v_means, lengths, roles,
         kept = cached(_kept_rows, q.device, plan, context)
         whole = [torch.cat([s, b.index_select(2, kept)], 2) for s, b in zip(shared, blocks)]
         return laid_out(F.scaled_dot_product_attention(q, *whole, scale=scale))
-    return _attend(plan, q, *blocks, k_means, cached(_valid, q.device, plan, context), *shared, sub_blocks, scale, share)
+    return _attend(plan, q, *blocks, k_means, cached(valid_keys, q.device, plan, context), *shared, sub_blocks, scale, share)
 
 
 def frame_attention(q, k, v, roles, frames, tokens, block_size, scale):
@@ -94,7 +94,7 @@ def why_not_native(name: str, arguments: dict) -> str | None:
 
 def gathered_share(plan: Plan, share: int = 1) -> float:
     """Bytes that gathering writes, over those of the keys and values that are gathered from."""
-    _, count, _ = _budget(plan, share)
+    _, count, _ = budget(plan, share)
     return plan.current_blocks // share * count / max(plan.candidates, 1)
 
 
@@ -102,7 +102,7 @@ def _static_plan(k: Sequence[Tensor], roles, height, width, tile, block_size) ->
     return make_plan([*(x.shape[2] for x in k), height * width], [*roles, CURRENT], height, width, tuple(tile), block_size, 0.0, 0.0)
 
 
-def _packed(x: Tensor, plan: Plan, segment: int) -> Tensor:
+def in_blocks(x: Tensor, plan: Plan, segment: int) -> Tensor:
     """Tokens of a segment in block order, with zeros up to whole blocks."""
     if plan.frames[segment]:
         x = x.index_select(2, tile_order(plan.frames[segment], plan.height, plan.width, plan.tile, x.device))
@@ -110,23 +110,23 @@ def _packed(x: Tensor, plan: Plan, segment: int) -> Tensor:
     return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
-def _means(packed: Tensor, valid: Tensor, block_size: int, sub_blocks: int) -> Tensor:
+def block_means(packed: Tensor, valid: Tensor, block_size: int, sub_blocks: int) -> Tensor:
     counts = part_counts(valid, block_size, sub_blocks).clamp(min=1)[:, None]
     wide = packed.to(torch.promote_types(packed.dtype, torch.float32))
     return wide.unflatten(2, (-1, block_size // sub_blocks)).sum(3) / counts
 
 
-def _valid(device, plan: Plan, segments: tuple[int, ...]) -> Tensor:
+def valid_keys(device, plan: Plan, segments: tuple[int, ...]) -> Tensor:
     return torch.cat([block_valid(plan.lengths[s], plan.block_size, device) for s in segments])
 
 
 def _kept_rows(device, plan: Plan, segments: tuple[int, ...]) -> Tensor:
     """Rows of packed segments that are no padding."""
-    valid = _valid(device, plan, segments)
+    valid = valid_keys(device, plan, segments)
     return (torch.arange(plan.block_size, device=device) < valid[:, None]).flatten().nonzero().flatten()
 
 
-def _budget(plan: Plan, share: int) -> tuple[Tensor | None, int, Tensor | None]:
+def budget(plan: Plan, share: int) -> tuple[Tensor | None, int, Tensor | None]:
     """(forced candidates ``[groups, candidates]`` or None, length of the longest list, true lengths ``[1|H, 1|groups]`` or None where
     all are equal), on the CPU."""
     return cached(_make_budget, "cpu", plan, share)
@@ -148,12 +148,12 @@ def _make_budget(device, plan: Plan, share: int) -> tuple[Tensor | None, int, Te
 
 
 def _forced(device, plan: Plan, share: int) -> Tensor:
-    return _budget(plan, share)[0].to(device)
+    return budget(plan, share)[0].to(device)
 
 
-def _counted(device, plan: Plan, share: int) -> Tensor:
+def counted_entries(device, plan: Plan, share: int) -> Tensor:
     """Which entries of the lists count: bool ``[1|H, 1|groups, longest]``."""
-    _, longest, counts = _budget(plan, share)
+    _, longest, counts = budget(plan, share)
     return (torch.arange(longest) < counts[..., None]).to(device)
 
 
@@ -164,11 +164,11 @@ def _back(device, plan: Plan) -> Tensor:
 def _attend(plan: Plan, q, k_blocks, v_blocks, k_means, valid, shared_k, shared_v, sub_blocks: int, scale: float, share: int) -> Tensor:
     batch, heads, length, dim = q.shape
     size, device = plan.block_size, q.device
-    queries = _packed(q, plan, plan.current)
-    groups, count = plan.current_blocks // share, _budget(plan, share)[1]
+    queries = in_blocks(q, plan, plan.current)
+    groups, count = plan.current_blocks // share, budget(plan, share)[1]
     parts, all_parts = [], queries.unflatten(2, (groups, share * size))
     if count:
-        chosen = _choose(plan, queries, k_means, valid, sub_blocks, scale, share, count)  # [B, H, groups, count]
+        chosen = chosen_blocks(plan, queries, k_means, valid, sub_blocks, scale, share, count)  # [B, H, groups, count]
         index = chosen.reshape(batch, heads, groups * count, 1).expand(-1, -1, -1, size * dim)
         keys, values = (x.reshape(batch, heads, -1, size * dim).gather(2, index).reshape(batch, heads, groups, count * size, dim)
                         for x in (k_blocks, v_blocks))
@@ -176,8 +176,8 @@ def _attend(plan: Plan, q, k_blocks, v_blocks, k_means, valid, shared_k, shared_
         mask = None
         if any(n % size for s, n in enumerate(plan.lengths) if plan.decode == (s in plan.static)):
             mask = torch.arange(size, device=device) < valid.index_select(0, chosen.flatten()).reshape(batch, heads, groups, count, 1)
-        if _budget(plan, share)[2] is not None:
-            counted = cached(_counted, device, plan, share)[None, ..., None]
+        if budget(plan, share)[2] is not None:
+            counted = cached(counted_entries, device, plan, share)[None, ..., None]
             mask = counted.expand(-1, -1, -1, -1, size) if mask is None else mask & counted
         if mask is not None:
             scores = torch.where(mask.flatten(3).unsqueeze(3), scores, max(LOW, torch.finfo(scores.dtype).min))
@@ -192,11 +192,11 @@ def _attend(plan: Plan, q, k_blocks, v_blocks, k_means, valid, shared_k, shared_
     return laid_out(out.index_select(2, cached(_back, device, plan)))
 
 
-def _choose(plan: Plan, queries, k_means, valid, sub_blocks: int, scale: float, share: int, count: int) -> Tensor:
+def chosen_blocks(plan: Plan, queries, k_means, valid, sub_blocks: int, scale: float, share: int, count: int) -> Tensor:
     """int64 ``[B, H, groups, count]``: the blocks of each list, best first."""
     size, device = plan.block_size, queries.device
     own = block_valid(plan.lengths[plan.current], size, device)
-    scores = (_means(queries, own, size, sub_blocks) * scale) @ k_means.transpose(-1, -2)
+    scores = (block_means(queries, own, size, sub_blocks) * scale) @ k_means.transpose(-1, -2)
     if sub_blocks > 1:
         real = (part_counts(own, size, sub_blocks) > 0)[:, None] & (part_counts(valid, size, sub_blocks) > 0)
         scores = torch.where(real, scores, LOW)

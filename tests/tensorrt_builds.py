@@ -51,6 +51,18 @@ def build(folder: pathlib.Path, model, args, options: dict, **more) -> dict:
             "networks": list(networks), "bytes": {p.name: p.stat().st_size for p in folder.iterdir()}, "notes": report.notes}
 
 
+def around(folder: pathlib.Path) -> dict:
+    """What stands around TensorRT's plugin, in engines: the plugin itself, which TensorRT-RTX does not take, is left to PyTorch."""
+    from li_compile.exporting.targets import tensorrt_plugin
+
+    why, register = tensorrt_plugin.why_no_plugin, tensorrt_plugin.register_plugin
+    tensorrt_plugin.why_no_plugin = tensorrt_plugin.register_plugin = lambda: None
+    try:
+        return build(folder, Tokens(9, 64).half(), [torch.ones(1, 64, 9, 2, 4).half()], SPARSE, sparse="plugin")
+    finally:
+        tensorrt_plugin.why_no_plugin, tensorrt_plugin.register_plugin = why, register
+
+
 def error(kind, call) -> str:
     try:
         call()
@@ -72,6 +84,7 @@ def main(folder: pathlib.Path) -> dict:
         "native": build(folder / "native", Tokens(), [torch.ones(1, 16, 8, 2, 4)], SPARSE, strict=True),
         "hybrid": build(folder / "hybrid", Tokens(), [torch.ones(1, 16, 8, 2, 4)], SPARSE, sparse="segment"),
     }
+    made["around"] = around(folder / "around")
     made["strict"] = error(ExportError, lambda: build(folder / "strict", Tokens(), [torch.ones(1, 16, 8, 2, 4)], SPARSE, sparse="segment", strict=True))
     made["load"] = error(LightInteractionError, lambda: li_compile.load(folder / "native"))
     made["left behind"] = sorted(p.name for p in folder.iterdir())

@@ -58,18 +58,18 @@ class Remembers(nn.Module):
 
 
 class Tokens(nn.Module):
-    """A step on frames of 2 x 4 tokens: attention that is made sparse, and a cache that is written."""
+    """A step on frames of 2 x 4 tokens: attention that is made sparse, two heads of half the width, and a cache that is written."""
 
-    def __init__(self, frames=8):
+    def __init__(self, frames=8, width=16):
         super().__init__()
-        self.qkv = nn.Linear(16, 48)
-        self.register_buffer("sum", torch.zeros(1, 8 * frames, 16))
+        self.qkv = nn.Linear(width, 3 * width)
+        self.register_buffer("sum", torch.zeros(1, 8 * frames, width))
 
     def forward(self, x):
         tokens = x.flatten(2).transpose(1, 2)
         q, k, v = self.qkv(tokens + self.sum).unflatten(-1, (2, -1)).transpose(1, 2).chunk(3, -1)
         out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        self.sum.add_(out[..., :16])
+        self.sum.add_(out)
         return out
 
 

@@ -90,9 +90,22 @@ def test_a_pytorch_segment_between_engines(built):
 
 
 @needs_it
+def test_what_stands_around_the_plugin_builds(built):
+    """Packing, scores, the choice and the lists, in an engine; the plugin itself is left to PyTorch here, as TensorRT-RTX has none."""
+    around = built[0]["around"]
+    (network,), (variant,) = around["networks"], around["variants"]
+    engine, program = variant["parts"]["segments"]
+    assert [o["lowering"] for o in variant["operators"]] == ["plugin"] and "li::block_sparse_plugin" in program["operators"]
+    assert not [o for o in program["operators"] if o.startswith("li") and o != "li::block_sparse_plugin"] and around["bytes"][engine["engine"]] > 10_000
+    assert network["layers"]["TOPK"] == 2 and "SOFTMAX" not in network["layers"]  # the choice, and the order of each list
+    assert sorted(map(str, network["outputs"].values())) == sorted(map(str, [
+        [[1, 2, 72, 32], "HALF"], *[[[1, 2, 80, 32], "HALF"]] * 2, [[1, 2, 5, 3], "INT32"], [[1, 2, 5], "INT32"]]))  # q, k, v, lists and tails
+
+
+@needs_it
 def test_strict_wants_all_of_it_in_engines(built):
     assert built[0]["strict"].startswith("ExportError: li::sparse_attention cannot be part of an engine")
-    assert built[0]["left behind"] == ["chunk", "gated", "gated_chunk", "hybrid", "native"]
+    assert built[0]["left behind"] == ["around", "chunk", "gated", "gated_chunk", "hybrid", "native"]
 
 
 @needs_it

@@ -236,5 +236,16 @@ def _tensorrt() -> Finding:
     return _export("tensorrt")
 
 
+def _tensorrt_plugin() -> Finding:
+    """What sparse="plugin" can do here."""
+    from li_compile.exporting.targets.tensorrt_plugin import why_no_plugin
+
+    if (why := why_no_plugin()) is not None:
+        problem, _, advice = why.rpartition(": ")
+        return Finding("tensorrt plugin", "note", problem, advice)
+    return Finding("tensorrt plugin", "note", "can be registered, its kernel compiled (sm_80, which newer GPUs run); experimental: no engine with it was "
+                   "ever run", "nothing to do, if it is not needed; else compare an engine's results with another target's")
+
+
 CHECKS = (_python, _torch, _triton, _numpy, _gpu, _kernels, _compiler, _inductor_cache, _triton_cache, _backend, _families,
-          _exported_program, _aot_inductor, _onnx, _tensorrt)
+          _exported_program, _aot_inductor, _onnx, _tensorrt, _tensorrt_plugin)

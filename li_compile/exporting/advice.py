@@ -31,9 +31,9 @@ def advise(rows: Sequence[dict[str, Any]], device: dict[str, Any], breaks: int =
     if device["type"] != "cuda":
         return Advice(package, "the inputs are on the CPU, where no TensorRT engine runs")
     ours = f"; {package} runs our kernel, as the backend does"
-    for way, what in (("segment", "runs in PyTorch between two engines"), ("native", "is not our kernel")):
+    for way, what in (("segment", "runs in PyTorch between two engines"), ("plugin", "is a plugin"), ("native", "is not our kernel")):
         for row in rows:
-            if row["lowering"] == way and (way == "segment" or row["why"].startswith("gathered blocks")):
+            if row["lowering"] == way and (way != "native" or row["why"].startswith("gathered blocks")):
                 return Advice(package, f"in TensorRT {row['operator']} {what} ({row['why']}){ours}")
     if (missing := tensorrt.unavailable()) is not None:
         return Advice(package, f"TensorRT cannot be had here ({missing})")

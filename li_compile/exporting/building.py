@@ -54,10 +54,12 @@ def export(model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
             the device. It has no quality guard (``cache.guard``).
         sparse: what becomes of block-sparse attention. "native": written out in standard operators; "segment": our operator,
             called from the program (in TensorRT, by PyTorch between two engines); "compiled": our portable Triton kernels, compiled
-            into an AOTInductor package for CUDA; "plugin": a custom operator of the runtime (in ONNX, of the domain ``li_compile``);
-            "auto": what suits the target. What cannot be written out is dense attention in ONNX, and a segment in TensorRT; the report says why.
-        strict: raise where a graph could only be exported in part, with dense attention in place of sparse, or would need li_compile
-            or a plugin in an engine.
+            into an AOTInductor package for CUDA; "plugin": in ONNX, a custom operator of the runtime, of the domain ``li_compile``; in standard
+            TensorRT, a plugin that holds our Triton kernel (experimental: no engine with it was ever built or run); "auto": what suits the
+            target, and never TensorRT's plugin. What cannot be written out is dense attention in ONNX, and a segment in TensorRT; the report
+            says why.
+        strict: raise where a graph could only be exported in part, with dense attention in place of sparse, or would need li_compile, or an
+            implementation of the domain.
         also: further (args, kwargs) with which the model is called, such as without context for the first chunk.
         progress: called with (what, done, of how many) as variants are built.
 
@@ -71,7 +73,7 @@ def export(model: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any
     if path.exists() and not overwrite:
         raise ExportError(f"{path} exists; choose another path, or pass overwrite=True")
     job = _Job(model, args, kwargs, target, config, gates, sparse, strict, also)
-    if (why := job.target.unavailable()) is not None:
+    if (why := job.unavailable()) is not None:
         raise BackendUnavailable(why)
     parent = path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,6 +129,14 @@ class _Job:
                               "'keep' or 'bf16', and set TF32 where the artifact runs")
         self.calls = [(tuple(args), dict(kwargs or {})), *((tuple(a), dict(k)) for a, k in also)]
 
+    def unavailable(self) -> str | None:
+        """Why this cannot be built here."""
+        if self.name == "tensorrt" and self.sparse == "plugin":
+            from li_compile.exporting.targets.tensorrt_plugin import why_no_plugin
+
+            return why_no_plugin() or self.target.unavailable()
+        return self.target.unavailable()
+
     def run(self, folder: pathlib.Path | None, progress: Progress) -> ExportReport:
         """Build into a folder, or nothing."""
         prepared = prepare(self.model, family_of(self.config))
@@ -141,7 +151,7 @@ class _Job:
         used = {name: tensors[name] for name in tensors.keys() & _used(traced)}
         todo = sum(len(wanted(t, self.config, self.gates)) for t in traced)
         report = ExportReport(self.name, self.gates, None, [], sum(t.nbytes for t in used.values()),
-                              unavailable=self.target.unavailable())
+                              unavailable=self.unavailable())
         aliases = {}
         if folder is not None and not self.target.HOLDS_WEIGHTS:
             aliases = weights.save(used, folder)
@@ -204,6 +214,8 @@ class _Job:
             notes.append("Operators of li_compile are called from this artifact: import li_compile.kernels before running it without li_compile.load.")
         if "dense" in ways:
             notes.append("Attention that the config makes sparse is dense in this artifact; the table says which and why.")
+        if "plugin" in ways:
+            notes.append("Block-sparse attention is a TensorRT plugin in this artifact. It is experimental: compare its results with another target's.")
         if "domain" in ways:
             notes.append("Nodes of the domain li_compile are left in this graph: a runtime needs an implementation of them.")
         if self.gates == "device" and self.config.cache.guard is not None:

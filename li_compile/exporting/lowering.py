@@ -1,4 +1,5 @@
-"""What becomes of our operators in an artifact: kept as they are, written out in ATen operators (dense, where their sparsity cannot be), or named for another runtime."""
+"""What becomes of our operators in an artifact: kept as they are, written out in ATen operators (dense, where their sparsity cannot be; or around
+a plugin), or named for another runtime."""
 
 from __future__ import annotations
 
@@ -17,19 +18,21 @@ from li_compile.kernels import expected_provider
 from li_compile.kernels.inlined import INLINED, why_not_inlined
 from li_compile.kernels.native import NATIVE, gathered_share, why_not_native
 from li_compile.kernels.plan import CURRENT, make_plan
+from li_compile.kernels.plugin import PLUGIN, why_not_plugin
 from li_compile.patterns.graph import value
 
 CHOICES = ("auto", "compiled", "native", "plugin", "segment")
 GATHER_MOST = 8.0  # times the keys and values' own bytes that gathering blocks may write
 
 #: Target -> what "auto" tries, in order. operator: called as it is; dense: written out with nothing left out; domain: a node of the ONNX
-#: domain li_compile; compiled: our Triton kernels become a part of the package.
+#: domain li_compile; compiled: our Triton kernels become a part of the package; plugin: written out around one operator, whose kernel an engine
+#: holds (experimental, and so taken only where it is asked for).
 AUTO = {"exported_program": ("operator",), "aot_inductor": ("compiled", "operator"), "onnx": ("native", "dense", "domain"), "tensorrt": ("native", "segment")}
 ASKED = {
     "exported_program": {"native": ("native", "operator"), "segment": ("operator",)},
     "aot_inductor": {"compiled": ("compiled", "operator"), "native": ("native", "operator"), "segment": ("operator",)},
     "onnx": {"native": ("native", "dense", "domain"), "plugin": ("domain",)},
-    "tensorrt": {"native": ("native", "segment"), "segment": ("segment",)},
+    "tensorrt": {"native": ("native", "segment"), "plugin": ("plugin", "native", "segment"), "segment": ("segment",)},
 }
 #: The settings of our operators under which nothing is left out.
 EVERYTHING = {"topk_ratio": 1.0, "prefill_ratio": 1.0, "head_ratios": [], "summary": False}
@@ -52,7 +55,8 @@ def check_choice(target: str, sparse: str) -> None:
 def lower_operators(graph: GraphModule, target: str, sparse: str, strict: bool) -> list[dict[str, Any]]:
     """Lower every call of an operator of ours, in place, and say how, one row for all calls alike.
 
-    Rows: operator, calls, lowering, why. Raises ExportError under strict where the artifact would need li_compile or a plugin, or be dense.
+    Rows: operator, calls, lowering, why. Raises ExportError under strict where the artifact would need li_compile or a runtime's own
+    implementation, or be dense.
     """
     def done(name: str, how: str, why: str, lower: Callable[[], None]) -> None:
         if strict and how in ("dense", "domain", "segment"):
@@ -107,8 +111,18 @@ def _choose(node: Node, name: str, ways: tuple[str, ...]) -> tuple[str, str, Cal
         if way == "native":
             if (reason := why_not_native(name, arguments)) is None:
                 share, how = _native(name, arguments)
+                how = "; ".join([how, *reasons])
                 return way, how, partial(call, NATIVE[name], node.args, {**node.kwargs, "share": share} if share > 1 else node.kwargs)
-            reasons.append(reason)
+            if reason not in reasons:
+                reasons.append(reason)
+        elif way == "plugin":
+            values = {a: map_arg(x, value) for a, x in arguments.items()}
+            plan = _plan(name, arguments)
+            if (reason := why_not_plugin(name, values, plan)) is None:
+                how = f"our Triton kernel, for sm_80, reads at most {plan.pitch} of {plan.total} blocks; experimental: no engine with it was ever run"
+                return way, how, partial(call, PLUGIN[name], node.args, node.kwargs)
+            if name in PLUGIN:
+                reasons.append(reason)
         elif way == "compiled":
             if (reason := why_not_inlined(name, {a: map_arg(x, value) for a, x in arguments.items()})) is None:
                 return way, "our Triton kernels are compiled into the package", partial(call, INLINED[name], node.args, node.kwargs)

@@ -59,9 +59,12 @@ def unavailable() -> str | None:
 
 def write(program: Program, folder: pathlib.Path, name: str, aliases: dict[str, str], note: Callable[[str], None]) -> dict[str, Any]:
     torch_tensorrt = _imported()
+    from li_compile.exporting.targets import tensorrt_plugin
     from li_compile.exporting.targets.tensorrt_cond import register_cond
 
     register_cond()
+    if any(n.target is tensorrt_plugin.OPERATOR for m in program.exported.graph_module.modules() if isinstance(m, GraphModule) for n in m.graph.nodes):
+        tensorrt_plugin.register_plugin()
     exported, dropped, constants = _tensors_alone(program.exported)
     _respell(exported.graph_module)
     names = exported.graph_signature.user_inputs
