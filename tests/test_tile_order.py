@@ -8,6 +8,7 @@ import functools
 
 import pytest
 import torch
+import upstream
 from models import worldplay_rollout as reduced
 from models.worldplay import Size, WorldPlay, inputs
 from test_hy_rollout import OPTIONS, graphs, rollout
@@ -188,6 +189,21 @@ def test_a_rollout_is_the_same_with_it_and_without(make):
     assert "2 calls read their context where it lies, which moves" in said and "tile_order" in str(on.report())
     assert torch.equal(rollout(on, given), got) and graphs() == 3, "a rollout leaves nothing that the next one sees"
     assert relative(rollout(on.detach(), given), want) > 1e-3, "the rollout is sparse"
+
+
+@upstream.needs_upstream
+def test_upstreams_rollout_is_the_same_with_it_and_without(monkeypatch):
+    """Blocks are regions there; with one operator for encodings, as on a GPU."""
+    monkeypatch.setattr("li_compile.passes.encode.why_not_encoded", lambda x: None)
+    given = reduced.inputs(3, left_right(), upstream.TINY["in_channels"], widths=upstream.WIDTHS)
+    pipe, results = upstream.pipeline(upstream.transformer(mm_double_blocks_depth=3), 3), []
+    for option in (False, True):
+        fast = compiled(pipe, exact__tile_order=option)
+        results.append(rollout(fast, given))
+        assert counts(fast) == ([6, 3] if option else []) and graphs() == 3
+        assert fast.report().counts().get("fold_encodings", 0) == (3 * 2 + 3 * 3 if option else 0)
+        fast.detach()
+    assert relative(results[1], results[0]) <= 1e-5
 
 
 def test_graphs_of_inductor_do_the_same(make):

@@ -13,7 +13,7 @@ from li_compile.kernels._compat import has_triton, interpreting
 
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
 @pytest.mark.skipif(interpreting(), reason="this is the interpreting process")
-@pytest.mark.parametrize("file,least", [("test_contract.py", 40), ("test_selection.py", 15), ("test_pack.py", 20), ("test_tile_order.py", 40),
+@pytest.mark.parametrize("file,least", [("test_contract.py", 40), ("test_selection.py", 15), ("test_pack.py", 20), ("test_history_in_place.py", 40),
                                         ("test_plugin.py", 10)])
 def test_contract_in_the_interpreter(file, least):
     numpy = pytest.importorskip("numpy")
