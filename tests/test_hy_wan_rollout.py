@@ -208,6 +208,38 @@ def test_other_pipelines_of_the_class_run_as_they_are(make_reduced, compiled):
     assert type(first).__call__ is call
 
 
+def test_its_transformer_called_by_itself_is_no_step_of_a_chunk(make_reduced, compiled):
+    """Not outside of the pipeline's call, and not in a call of another pipeline."""
+    def look(*_):
+        seen.append(other.transformer(**call)[0])
+
+    pipe, given = make_reduced(2)
+    other, seen, call = type(pipe)(copy.deepcopy(pipe.transformer)), [], reduced.wan.call(4, 0)
+    with torch.compiler.set_stance("force_eager"):
+        want = pipe.transformer(**call)[0]
+        fast, other = compiled(pipe, preset="exact"), compiled(other, preset="exact")
+        look()
+        rollout(fast, (given[0] | {"callback_on_step_end": look}, given[1]))
+    assert len(seen) == 9 and all(relative(x, want) <= 1e-6 for x in seen)
+    assert fast.rollout.session.stats()["calls"] == 8 and other.rollout.session.chunks == 0
+
+
+def test_predictors_are_given_the_steps_times_and_the_chunks_actions(make_reduced, monkeypatch, compiled):
+    pipe, given = make_reduced(3)
+    monkeypatch.setattr(type(pipe.transformer), "forward", lambda self, hidden_states, timestep, kv_cache, is_cache, **_: kv_cache if is_cache else (
+        0.1 * timestep[0] + torch.zeros_like(hidden_states),))
+    with torch.compiler.set_stance("force_eager"):
+        want = rollout(pipe, given)
+        linear = compiled(pipe, preset="cache", cache__gate="always", cache__predictor="linear", cache__skip=(2,))
+        assert relative(rollout(linear, given), want) <= 1e-6, "what is linear in time is predicted as it is"
+        assert linear.rollout.session.stats()["calls"] == 9
+        previous = compiled(linear.detach(), preset="cache", cache__gate="always", cache__predictor="previous")
+        rollout(previous, given)
+        assert previous.rollout.session.stats()["calls"] == 12, "other actions"
+        rollout(previous, (given[0], given[1] | {"action": torch.zeros_like(given[1]["action"])}))
+        assert previous.rollout.session.stats()["calls"] == 4 + 2 + 2
+
+
 def test_the_transformer_is_moved_with_its_pipeline(make_reduced, compiled):
     pipe, _ = make_reduced()
     model = pipe.transformer

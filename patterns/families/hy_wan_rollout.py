@@ -110,6 +110,7 @@ class Chunks(torch.nn.Module):
         session.extend(given["viewmats"][0])
         if rollout.config.context.enabled:
             given["context_window_length"] = 0  # the latents up to which upstream takes all and asks for no selection
+        rollout.begin()
         with session, contextlib.ExitStack() as stack:
             before = _RUNNING.set(Chunk(self, pipeline, session.plan(index * size, size), stack))
             stack.callback(_RUNNING.reset, before)
