@@ -17,7 +17,7 @@ from li_compile.session import Session
 
 
 class ChunkSteps:
-    """The steps of one chunk, in order; recorded in the session at its end.
+    """The steps of one chunk, in order; recorded in the session at its end, if none was left out.
 
     ::
 
@@ -62,7 +62,7 @@ class ChunkSteps:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None:
+        if error is not None or len(self.outputs) < len(self.times):  # or a callback interrupted it
             self.memory.forget()
             return
         full = None not in self.outputs

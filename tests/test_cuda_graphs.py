@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import test_hy_wan_rollout
 import torch
 from models import worldplay_rollout as reduced
+from models import worldplay_wan_rollout as wan
 from test_hy_rollout import rollout
 from test_policy import left_right
 from tracing import relative, world_inputs
@@ -95,6 +97,15 @@ def test_each_chunk_of_a_pipeline_begins_once(monkeypatch, handed, marks, on):
         want = rollout(pipe, given)
         fast = li_compile.compile(pipe, li_compile.Config.from_options({**AUTHORS, "preset": "exact", "cuda_graphs": on}))
         assert relative(rollout(fast, given), want) <= 1e-5 and len(marks) == 3 * on
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_each_call_of_a_pipeline_that_makes_one_chunk_begins_it(monkeypatch, handed, marks, on):
+    pipe, given = wan.pipeline(monkeypatch, depth=1), wan.inputs(left_right()[:12])
+    fast = li_compile.compile(pipe, li_compile.Config.from_options({**AUTHORS, "preset": "exact", "cuda_graphs": on}))
+    test_hy_wan_rollout.rollout(fast, given)
+    assert handed and len(marks) == 3 * on
+    fast.detach()
 
 
 @pytest.fixture

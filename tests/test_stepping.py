@@ -31,7 +31,7 @@ def rollout():
                     got.append(steps.output(i, lambda: computed.append(i) or outputs[i]))
             return got, computed
 
-        chunk.session = session
+        chunk.session, chunk.owner = session, owner
         return chunk
 
     return make
@@ -95,6 +95,14 @@ def test_what_goes_wrong_inside_leaves_nothing_for_the_next_chunk(rollout):
     chunk(v)
     with pytest.raises(IndexError):
         chunk(v[:3], reuse=False)
+    assert chunk(v)[1] == [0, 1, 2, 3] and chunk.session.chunks == 2
+
+
+def test_a_chunk_that_was_stopped_is_not_recorded_and_leaves_nothing(rollout):
+    chunk, v = rollout(predictor="previous"), draw(0)
+    chunk(v)
+    with ChunkSteps(chunk.session, chunk.owner, ChunkPlan((0, 1), False, 0.0, {}, "planned", 8), TIMES) as steps:
+        steps.output(0, lambda: v[0])
     assert chunk(v)[1] == [0, 1, 2, 3] and chunk.session.chunks == 2
 
 

@@ -118,6 +118,7 @@ def pipeline(model, chunks: int, steps: int = 4, autocast: bool = False):
     scheduler.set_timesteps(steps, device=device)
     for name, given in dict(transformer=model, scheduler=scheduler, chunk_num=chunks, chunk_latent_frames=4, num_inference_steps=steps,
                             target_dtype=next(model.parameters()).dtype, autocast_enabled=autocast, enable_offloading=False, execution_device=device, num_warmup_steps=0, _guidance_scale=1.0,
+                            _internal_dict={},  # the config, where diffusers is installed
                             points_local=module.generate_points_in_sphere(50_000, 8.0).to(device)).items():
         object.__setattr__(pipe, name, given)
     return pipe

@@ -56,17 +56,8 @@ def check(pipeline, rollout) -> None:
     if selection() is None:
         rollout.refuse(f"the pipeline's module has no {SELECT}: this is not upstream's tree, or another version of it")
     model = pipeline.transformer
-    if qualified(type(model)) != MODEL:
-        rollout.refuse(f"pipe.transformer is a {qualified(type(model))}, not upstream's {MODEL}: take off what was put around it "
-                       "(torch.compile, li_compile.compile), or compile the model alone")
-    if not hasattr(model, "action_in"):
-        rollout.refuse("the transformer has no action parameters: this is HunyuanVideo 1.5, and WorldPlay's action checkpoint was not loaded "
-                       "(create_pipeline(action_ckpt=...))")
-    if any(p.is_meta for p in model.parameters()):
-        rollout.refuse("the transformer has no weights: they are on the meta device. Load a checkpoint before compiling")
-    if not any(block.img_attn_prope_proj.weight.any() for block in model.double_blocks):
-        rollout.refuse("the camera projections of all blocks are zero, as they are before WorldPlay's action checkpoint is loaded "
-                       "(create_pipeline(action_ckpt=...))")
+    refuse_model(rollout, model, MODEL, "HunyuanVideo 1.5", "create_pipeline(action_ckpt=...)", hasattr(model, "action_in"),
+                 lambda: [block.img_attn_prope_proj for block in model.double_blocks])
     state = getattr(sys.modules.get("hyvideo.commons.infer_state"), "get_infer_state", lambda: None)()
     if getattr(state, "enable_torch_compile", False):
         rollout.refuse("--enable_torch_compile wraps each block in a torch.compile of its own; leave it off")
@@ -75,6 +66,25 @@ def check(pipeline, rollout) -> None:
     if rollout.config.stream and (pipeline.enable_offloading or not can_stream(pipeline.vae)):
         rollout.refuse("stream=True decodes latent by latent beside the rollout: it needs the VAE on the device (--offloading false), without "
                        "tiles (--use_vae_parallel false), and with upstream's causal decoder and its cache")
+
+
+def refuse_model(rollout, model, name: str, base: str, load: str, has_actions: bool, projections) -> None:
+    """Refuse a transformer that is not upstream's of this name, or whose weights were not loaded. base: what it is without those of its
+    actions; load: what loads them; projections(): those of the camera's branch, zero before."""
+    if qualified(type(model)) != name:
+        rollout.refuse(f"pipe.transformer is a {qualified(type(model))}, not upstream's {name}: take off what was put around it "
+                       "(torch.compile, li_compile.compile), or compile the model alone")
+    if not has_actions:
+        rollout.refuse(f"the transformer has no action parameters: this is {base}, and WorldPlay's action checkpoint was not loaded ({load})")
+    if any(p.is_meta for p in model.parameters()):
+        rollout.refuse("the transformer has no weights: they are on the meta device. Load a checkpoint before compiling")
+    if not any(projection.weight.any() for projection in projections()):
+        rollout.refuse(f"the camera projections of all blocks are zero, as they are before WorldPlay's action checkpoint is loaded ({load})")
+
+
+def refuse_parallel(rollout, count: int) -> None:
+    rollout.refuse(f"sequence parallelism over {count} GPUs is not supported: its exchange of tokens stands between the attention and what is "
+                   "rewritten. Run one process, or give the pipeline back with detach()")
 
 
 def selection():
@@ -101,8 +111,7 @@ class ArRollout:
         pipe, session, size = self.pipeline, self.rollout.session, self.pipeline.chunk_latent_frames
         parallel = getattr(sys.modules.get("hyvideo.commons.parallel_states"), "get_parallel_state", lambda: None)()
         if getattr(parallel, "sp_enabled", False):
-            self.rollout.refuse(f"sequence parallelism over {parallel.sp} GPUs is not supported: its exchange of tokens stands between the "
-                                "attention and what is rewritten. Run one process, or give the pipeline back with detach()")
+            refuse_parallel(self.rollout, parallel.sp)
         session.reset()
         session.extend(viewmats[0])
         times = timesteps.tolist()

@@ -1,4 +1,4 @@
-"""HY-WorldPlay 1.5, the transformer that is based on Wan 2.2 (5B): the model alone; its pipeline is not taken apart.
+"""HY-WorldPlay 1.5, the transformer that is based on Wan 2.2 (5B).
 
 Upstream calls SageAttention, which a graph cannot see into, compiles each block by itself, and makes the rotary table of the whole
 video at every call, to slice it by numbers. Attention becomes PyTorch's (which rounds less: SageAttention works in 8 bits), blocks
@@ -15,9 +15,9 @@ import torch.nn.functional as F
 
 from .._compat import undisabled
 from ..registry import Family, register_family
+from .hy_wan_rollout import MODEL, PIPELINE, attach
 from .hy_worldplay import free_lengths, of_any_length
 
-MODEL = "wan.models.dits.arwan_w_action_w_mem_relative_rope.WanTransformer3DModel"
 _TABLES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> the table of the call that is made
 
 
@@ -58,8 +58,10 @@ def arguments(model, args, kwargs):
 
 FAMILY = register_family(Family(
     name="hy_worldplay_wan",
-    description="HY-WorldPlay 1.5 (Wan 2.2, 5B): transformer",
+    description="HY-WorldPlay 1.5 (Wan 2.2, 5B): transformer and autoregressive rollout",
     modules=(MODEL,),
     prepare=prepare,
     arguments=arguments,
+    pipelines=(PIPELINE,),
+    attach=attach,
 ))

@@ -57,6 +57,10 @@ class Block(nn.Module):
         self.q, self.k, self.v, self.out, self.camera_out, self.words_q, self.words_out = (nn.Linear(DIM, DIM) for _ in range(7))
         self.words_kv, self.mlp = nn.Linear(DIM, 2 * DIM), nn.Sequential(nn.Linear(DIM, 2 * DIM), nn.GELU(), nn.Linear(2 * DIM, DIM))
 
+    @property
+    def attn1(self):
+        return types.SimpleNamespace(to_out_prope=[self.camera_out])
+
     @torch.compile
     def forward(self, x, text, vec, rope, cache, is_cache, viewmats, Ks):
         own = sys.modules[type(self).__module__]  # as upstream looks the function up in its module
@@ -81,12 +85,14 @@ class Block(nn.Module):
 
 
 class WanWorld(nn.Module):
-    config = types.SimpleNamespace(patch_size=(1, 2, 2))
+    config = types.SimpleNamespace(patch_size=(1, 2, 2), in_channels=CHANNELS)
+    dtype = property(lambda self: self.head.weight.dtype)
+    condition_embedder = property(lambda self: types.SimpleNamespace(action_embedder=self.action))
 
-    def __init__(self):
+    def __init__(self, depth: int = DEPTH):
         super().__init__()
         self.patch, self.rope, self.time, self.action = nn.Conv3d(CHANNELS, DIM, (1, 2, 2), (1, 2, 2)), Rope(), TimeEmbedding(), TimeEmbedding()
-        self.blocks, self.modulation, self.head = nn.ModuleList(Block() for _ in range(DEPTH)), nn.Linear(DIM, 6 * DIM), nn.Linear(DIM, 4 * CHANNELS)
+        self.blocks, self.modulation, self.head = nn.ModuleList(Block() for _ in range(depth)), nn.Linear(DIM, 6 * DIM), nn.Linear(DIM, 4 * CHANNELS)
 
     def forward(self, hidden_states, timestep, encoder_hidden_states, action, viewmats, Ks, kv_cache, is_cache, current_start, current_end,
                 window_frames):
