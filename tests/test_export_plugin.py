@@ -197,7 +197,7 @@ def missing():
      r"tensorrt.plugin cannot be imported \(OSError: libnvinfer.so.11: .*\): reinstall the TensorRT that belongs to torch-tensorrt 2.14.0"),
     ([(tensorrt_plugin, "_trtp", types.SimpleNamespace)],
      "this TensorRT's plugins cannot be compiled ahead of time: install the one that belongs to torch-tensorrt 2.14.0"),
-], ids=str)
+], ids=["nothing", "RTX", "no TensorRT", "no Triton", "Triton's interpreter", "an old GPU", "a broken TensorRT", "an old TensorRT"])
 def test_why_not(standard, monkeypatch, tmp_path, changes, says):
     for change in changes:
         monkeypatch.setattr(*change)
