@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from models.worldplay import Size, WorldPlay, inputs
+from models.worldplay import step
 from test_exact import Rewritten
 from torch import nn
 from tracing import TINY, Compiled, Traced
@@ -79,10 +79,8 @@ def test_look_alikes_stay(change):
 
 @pytest.mark.parametrize("form", ["flat", "regions"])
 def test_a_model_has_one_a_block(form):
-    torch.manual_seed(0)
-    model = WorldPlay(Size(depth=3), regional=form == "regions").eval()
-    given = inputs(model)
-    done = Rewritten(Traced(lambda x: model(**(given | {"x": x})), given["x"]), given["x"], passes=(ANYWHERE,))
+    run, x = step(3, form == "regions")
+    done = Rewritten(run, x, passes=(ANYWHERE,))
     assert done.count == 3 and done.error() <= 1e-6
 
 
@@ -93,10 +91,7 @@ def test_operations_are_counted_as_before():
 
 
 def test_without_a_kernel_attention_is_left_to_pytorch_and_the_report_says_so():
-    torch.manual_seed(0)
-    model = WorldPlay(Size(depth=1)).eval()
-    given = inputs(model)
-    compiled = Compiled(Traced(lambda x: model(**(given | {"x": x})), given["x"]), TINY | {"preset": "exact"})
+    compiled = Compiled(Traced(*step(1)), TINY | {"preset": "exact"})
     (variant,) = compiled.graph.variants
     assert variant.counts()["dense_attention"] == 0
     assert "left to PyTorch" in str(compiled.report)
@@ -105,15 +100,13 @@ def test_without_a_kernel_attention_is_left_to_pytorch_and_the_report_says_so():
 def test_where_there_is_a_kernel_it_is_used_in_any_preset(monkeypatch):
     """Every attention of preset exact; of a sparse model those that stay dense."""
     monkeypatch.setattr("li_compile.passes.dense_attention.why_no_dense_kernel", lambda q, keys: None)
-    torch.manual_seed(0)
-    model = WorldPlay(Size(depth=2)).eval()
-    given = inputs(model)
-    want = model(**given)
+    run, x = step(2)
+    want = run(x)
     cases = (({"preset": "exact"}, 2), ({"preset": "sparse", "sparse.min_context": 0}, 1), ({"preset": "exact", "exact.dense_attention": False}, None))
     for options, count in cases:
-        compiled = Compiled(Traced(lambda x: model(**(given | {"x": x})), given["x"]), TINY | {"lowering": "eager"} | options)
+        compiled = Compiled(Traced(run, x), TINY | {"lowering": "eager"} | options)
         (variant,) = compiled.graph.variants
         assert variant.counts().get("dense_attention") == count, options
         if options["preset"] == "exact":
-            got = compiled(given["x"])
+            got = compiled(x)
             assert (got - want).norm() / want.norm() <= 1e-5

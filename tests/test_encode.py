@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from models.worldplay import RMSNorm, Size, WorldPlay, inputs, project, rotate
+from models.worldplay import RMSNorm, project, rotate, step
 from test_exact import Rewritten
 from torch import nn
 from tracing import TINY, Compiled, Traced
@@ -68,18 +68,13 @@ def test_look_alikes_stay(change):
 
 @pytest.mark.parametrize(("form", "count"), [("flat", 9), ("regions", 3)])
 def test_a_model_encodes_q_k_and_v_of_every_block(form, count):
-    torch.manual_seed(0)
-    model = WorldPlay(Size(depth=3), regional=form == "regions").eval()
-    given = inputs(model)
-    done = Rewritten(Traced(lambda x: model(**(given | {"x": x})), given["x"]), given["x"], passes=(ANYWHERE,))
+    run, x = step(3, form == "regions")
+    done = Rewritten(run, x, passes=(ANYWHERE,))
     assert done.count == count and done.error() <= 1e-6
 
 
 def test_without_a_kernel_the_chain_is_left_to_inductor_and_the_report_says_so():
-    torch.manual_seed(0)
-    model = WorldPlay(Size(depth=1)).eval()
-    given = inputs(model)
-    compiled = Compiled(Traced(lambda x: model(**(given | {"x": x})), given["x"]), TINY | {"preset": "exact"})
+    compiled = Compiled(Traced(*step(1)), TINY | {"preset": "exact"})
     (variant,) = compiled.graph.variants
     assert variant.counts()["encode"] == 0
     assert "left to Inductor" in str(compiled.report)

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from models.worldplay import Size, WorldPlay, inputs
+from models.worldplay import step
 from test_exact import Rewritten
 from torch import nn
 from tracing import TINY, Compiled, Traced, relative
@@ -59,10 +59,8 @@ def test_look_alikes_stay(change, says):
 
 @pytest.mark.parametrize("form", ["flat", "regions"])
 def test_a_model_has_one_a_block(form):
-    torch.manual_seed(0)
-    model = WorldPlay(Size(depth=3), regional=form == "regions").eval()
-    given = inputs(model)
-    done = Rewritten(Traced(lambda x: model(**(given | {"x": x})), given["x"]), given["x"], passes=(ANYWHERE,))
+    run, x = step(3, form == "regions")
+    done = Rewritten(run, x, passes=(ANYWHERE,))
     assert done.count == 3 and done.error() <= 1e-6
 
 
@@ -81,10 +79,7 @@ def test_under_autocast_operands_are_cast_as_they_were():
 
 
 def test_on_a_cpu_it_is_left_to_inductor_and_the_report_says_so():
-    torch.manual_seed(0)
-    model = WorldPlay(Size(depth=1)).eval()
-    given = inputs(model)
-    compiled = Compiled(Traced(lambda x: model(**(given | {"x": x})), given["x"]), TINY | {"preset": "exact"})
+    compiled = Compiled(Traced(*step(1)), TINY | {"preset": "exact"})
     (variant,) = compiled.graph.variants
     assert variant.counts()["linear_gelu"] == 0 and "linear and GELU" in str(compiled.report)
 
@@ -92,10 +87,7 @@ def test_on_a_cpu_it_is_left_to_inductor_and_the_report_says_so():
 def test_where_it_pays_it_is_used_in_any_preset(monkeypatch):
     monkeypatch.setattr("li_compile.passes.linear_gelu.why_no_epilogue", lambda x: None)
     monkeypatch.setattr("li_compile.passes.linear_gelu.LEAST_ROWS", 1)
-    torch.manual_seed(0)
-    model = WorldPlay(Size(depth=2)).eval()
-    given = inputs(model)
-    traced = Traced(lambda x: model(**(given | {"x": x})), given["x"])
+    traced = Traced(*step(2))
     for options, count in (({}, 2), ({"exact.linear_gelu": False}, None)):
         compiled = Compiled(traced, TINY | {"preset": "exact"} | options)
         assert compiled.graph.variants[0].counts().get("linear_gelu") == count

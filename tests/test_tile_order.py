@@ -11,7 +11,7 @@ import torch
 import upstream
 from models import worldplay_rollout as reduced
 from models.worldplay import Size, WorldPlay, inputs
-from test_hy_rollout import OPTIONS, graphs, rollout
+from test_hy_rollout import OPTIONS, graphs, quick, rollout  # noqa: F401  (quick: for all tests here)
 from test_policy import left_right
 from tracing import TINY, Traced, relative
 
@@ -36,15 +36,6 @@ from li_compile.pipeline import build
 SIZE, TILE = Size(depth=4), (4, 2, 2)
 LENGTH = 8 * SIZE.height * SIZE.width
 SPARSE = Config.from_options(TINY | {"preset": "sparse"})
-
-
-@pytest.fixture(autouse=True)
-def quick():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with torch.no_grad():
-        yield
-    torch.set_num_threads(threads)
 
 
 class Graph:

@@ -211,6 +211,14 @@ class WorldPlay(nn.Module):
         return out.reshape(1, frames, size.height, size.width, size.latent).permute(0, 4, 1, 2, 3)
 
 
+def step(depth: int, regional: bool = False):
+    """(a step of a model with random weights as a function of its latents, latents)"""
+    torch.manual_seed(0)
+    model = WorldPlay(Size(depth=depth), regional=regional).eval()
+    given = inputs(model)
+    return lambda x: model(**(given | {"x": x})), given["x"]
+
+
 def inputs(model: WorldPlay, frames: int = 4, context: int = 4, text: int = 22, seed: int = 0) -> dict:
     """Arguments of a step (context > 0 or 0) of so many frames."""
     size, g = model.size, torch.Generator().manual_seed(seed)
