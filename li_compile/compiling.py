@@ -52,18 +52,21 @@ class Compiled:
             dense = dataclasses.replace(config, sparse=dataclasses.replace(config.sparse, enabled=False))
             self._dense = torch.compile(original, backend=light_interaction, options=dense.to_options())
         # Encodings, and steps whose context is in tile order; all else finds it in the model's.
-        self._handed_on, self._ordered = family.handed_on if family is not None and self._arguments is not None else None, None
-        if keeps_caches and self._handed_on is not None and config.sparse.enabled and config.exact.enabled and config.exact.tile_order:
+        self._handed_on, self._ordered = None, None
+        if (keeps_caches and family is not None and family.handed_on is not None and self._arguments is not None
+                and config.sparse.enabled and config.exact.enabled and config.exact.tile_order):
+            self._handed_on = family.handed_on
             self._ordered = torch.compile(original, backend=functools.partial(light_interaction, ordered=True), options=config.to_options())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        cached = self._handed_on(kwargs) if self._handed_on is not None else []
-        order = handover.common_order(cached)
-        ours = not cached or order is not None and order.tile == self.config.sparse.tile
-        ordered = self._ordered is not None and not self._pruned_by_plan() and ours
-        if not ordered:
-            args, kwargs = handover.in_model_order((args, kwargs))
-        run = self._ordered if ordered else self._run
+        run, order = self._run, None
+        if self._ordered is not None and not self._pruned_by_plan():
+            cached = self._handed_on(kwargs)
+            order = handover.common_order(cached)
+            if not cached or order is not None and order.tile == self.config.sparse.tile:
+                run = self._ordered
+        if run is self._run:
+            order, (args, kwargs) = None, handover.in_model_order((args, kwargs))
         if self._arguments is not None:
             given = self._arguments(args, kwargs)
             if given is None:
@@ -71,7 +74,7 @@ class Compiled:
             args, kwargs, frames = given
             if frames is not None and frames < self.config.sparse.min_context:
                 run = self._dense
-        with reporting(self._report), handover.handing(order if ordered else None):
+        with reporting(self._report), handover.handing(order):
             return run(*args, **kwargs)
 
     def _pruned_by_plan(self) -> bool:

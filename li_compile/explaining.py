@@ -91,7 +91,7 @@ def _trace(fn: Callable[..., Any], args: tuple, kwargs: dict, report: Report, co
         if not lengths:
             engines.extend(_rewrite(facts, fakes, graph, report, config))
             inputs.extend(f for f in fakes if isinstance(f, torch.Tensor))
-        results = next(n for n in module.graph.nodes if n.op == "output").args[0]
+        results = module.graph.output_node().args[0]
         return lambda *real: tuple(_zeros(value(r)) if isinstance(r, torch.fx.Node) else r for r in results)
 
     tried = preparation_of(family_of(config))

@@ -37,7 +37,7 @@ class LoopVariant:
 
     @classmethod
     def of(cls, facts: Facts, module: GraphModule, report: VariantReport, run: Callable[..., Any]) -> LoopVariant:
-        output = lambda m: next(n for n in m.graph.nodes if n.op == "output")
+        output = lambda m: m.graph.output_node()
         across = any("li_earlier" in p.meta for p in placeholders(module.graph))
         reuses = report.counts().get("cached_steps", 0) > 0
         return cls(run, len(output(facts.module).args[0]), output(module).meta.get("li_extra", ()), across, reuses)

@@ -26,7 +26,7 @@ def why_no_step(facts: Facts) -> Miss | None:
     """Why a graph cannot be one call of a model in a sampling loop; None if it can."""
     graph = facts.module.graph
     refuse = lambda reason: Miss("denoising step", "graph", reason)
-    results = next(n for n in graph.nodes if n.op == "output").args[0]
+    results = graph.output_node().args[0]
     if len(results) != 1 or not isinstance(results[0], torch.fx.Node) or shape(results[0]) is None \
             or not value(results[0]).is_floating_point():
         return refuse(f"it returns {len(results)} values; steps of a loop in Python are skipped for models that return one "

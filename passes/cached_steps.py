@@ -110,7 +110,7 @@ def watch_steps(module: GraphModule, loop: DenoisingLoop, skipping: Skipping, *,
     chunks read.
     """
     graph, last, extra = module.graph, loop.steps - 1, {}
-    output = next(n for n in graph.nodes if n.op == "output")
+    output = graph.output_node()
     if drift:
         predictor = Predictions(module, loop, skipping)
         predicted = [predictor.output(last, j) for j in range(len(loop.outputs[last]))]

@@ -23,6 +23,11 @@ def _size(x) -> int:
     return math.prod(_dims(x))
 
 
+def nbytes(x) -> int:
+    """Bytes of a tensor; symbolic sizes by their hint."""
+    return _size(x) * x.element_size()
+
+
 def _dims(x) -> list[int]:
     return [hint(s) for s in x.shape]
 
@@ -73,7 +78,7 @@ def _sparse(node: Node, lengths, roles, height, width, tile, block, topk, prefil
 def cost_of(node: Node) -> tuple[int, int]:
     """(operations, bytes) of one operator; (0, 0) for what is no product."""
     count = _operations(node)
-    return (0, 0) if count is None else (count, sum(_size(t) * t.element_size() for t in _tensors(node)))
+    return (0, 0) if count is None else (count, sum(map(nbytes, _tensors(node))))
 
 
 def _tensors(node: Node) -> list[torch.Tensor]:

@@ -32,7 +32,7 @@ def dead_tails(module: GraphModule) -> Record:
         for call in region_calls(module, region):
             if (read := _read(call)) is not None:
                 by_use.setdefault(read, []).append(call)
-        (output,) = (n for n in sub.graph.nodes if n.op == "output")
+        output = sub.graph.output_node()
         for read, calls in by_use.items():
             if len(read) == len(output.args[0]):
                 continue
@@ -59,7 +59,7 @@ def _read(call: Node) -> tuple[int, ...] | None:
 
 def _part(sub: GraphModule, read: tuple[int, ...]) -> GraphModule:
     part = copy.deepcopy(sub)
-    (output,) = (n for n in part.graph.nodes if n.op == "output")
+    output = part.graph.output_node()
     output.args = (tuple(output.args[0][i] for i in read),)
     drop_dead(part)
     return part

@@ -12,14 +12,13 @@ The same kernel brings tokens into blocks and encodes them: done at once, it rea
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch.fx import GraphModule, Node
 
 from li_compile.patterns import CURRENT, Miss
-from li_compile.patterns.graph import argument, hint, name_of, region_calls, source_line, subgraphs, value
+from li_compile.patterns.graph import argument, name_of, region_calls, source_line, subgraphs, value
 
+from .cost import nbytes
 from .record import Record
 from .regions import drop_dead, structure
 
@@ -49,7 +48,7 @@ def fold_encodings(module: GraphModule) -> Record:
             node.kwargs = {**node.kwargs, "eps": eps, "q_norm": q_norm, "k_norm": k_norm, "cos": cos, "sin": sin, "q_camera": q_camera,
                            "kv_camera": kv_camera}  # fmt: skip
             record.count += 3 * times
-            saved += 2 * times * sum(math.prod(map(hint, value(x).shape)) * value(x).element_size() for x in found)
+            saved += 2 * times * sum(nbytes(value(x)) for x in found)
         drop_dead(graph_module)
     if record.count:
         record.details.append(f"{record.count} queries, keys and values are encoded on their way into blocks, which moves {saved / 1e6:,.0f} MB less")

@@ -76,7 +76,7 @@ def inline_regions(module: GraphModule) -> None:
                         made[node].meta = dict(node.meta)
                     elif node.op not in ("placeholder", "output"):
                         made[node] = module.graph.node_copy(node, made.__getitem__)
-            results = next(n for n in sub.graph.nodes if n.op == "output").args[0]
+            results = sub.graph.output_node().args[0]
             for user in list(call.users):
                 user.replace_all_uses_with(made[results[user.args[1]]])
                 module.graph.erase_node(user)

@@ -30,10 +30,10 @@ from torch.fx.node import map_arg
 
 from li_compile.patterns import DenoisingLoop
 from li_compile.patterns.effects import is_pure, mode_texts, modes, target, written
-from li_compile.patterns.graph import ancestors, descendants, hint, name_of, placeholders, region_calls, subgraphs, value
+from li_compile.patterns.graph import ancestors, descendants, name_of, placeholders, region_calls, subgraphs, value
 from li_compile.patterns.loop_body import Body
 
-from .cost import cost_of
+from .cost import cost_of, nbytes
 from .record import Record
 from .regions import MOVES, drop_dead, drop_unused, hand_in, outside
 
@@ -161,7 +161,7 @@ def _move(module: GraphModule, region: str, found: list[Node], few_enough: Calla
         if first is not None and any(order[_place(module.graph, key(node, c)[1:], c, outer)] > order[first] for c in found):
             continue
         flops = sum(cost_of(n)[0] for n in _chain(node, few))
-        size = math.prod(hint(s) for s in value(node).shape) * value(node).element_size()
+        size = nbytes(value(node))
         if size * variety[node] <= SMALL or flops >= INTENSITY * size:
             saved = len(found) - variety[node]
             moved[node], operations[node] = Moved(node.name, saved, flops * saved, size * variety[node]), flops

@@ -63,7 +63,7 @@ def signature(sub: GraphModule) -> str:
 
 def _names(sub: GraphModule) -> dict[str, str]:
     """Names for the size symbols of a region's operands, by where they first occur; none where its results depend on them."""
-    results = next(n for n in sub.graph.nodes if n.op == "output").all_input_nodes
+    results = sub.graph.output_node().all_input_nodes
     if any(free_symbols(value(n)) for n in results if isinstance(value(n), (torch.Tensor, torch.SymInt))):
         return {}
     found: dict[str, str] = {}

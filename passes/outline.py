@@ -147,7 +147,7 @@ def _sort(graph: Graph) -> None:
     effects = [n for n in order if switches_mode(n) or (n.op.startswith("call") and (
         effect(n) is not None or any(target(o) in written for o in n.all_input_nodes)))]
     edges.add_edges_from(zip(effects, effects[1:]))
-    output = next(n for n in order if n.op == "output")
+    output = graph.output_node()
     edges.add_edges_from((n, output) for n in order if n is not output)
     try:
         wanted = list(nx.lexicographical_topological_sort(edges, key=order.__getitem__))

@@ -10,7 +10,6 @@ No pass can see it, since it never was in the graph; in the report it stands bes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -19,7 +18,7 @@ from torch.fx import GraphModule, Node
 
 from li_compile.patterns.graph import CONV, SDPA, argument, calls, hint, value
 
-from .cost import products
+from .cost import nbytes, products
 from .record import Record
 
 
@@ -37,7 +36,7 @@ def padding_left_out(module: GraphModule, tokens: int, padded: int, exempt: Call
         grown = [x for n in (node, *read) if _has_rows(x := value(n), tokens)]
         record.count += product.runs
         record.flops += int(product.runs * product.operations * more)
-        record.bytes += int(product.runs * sum(x.element_size() * math.prod(map(hint, x.shape)) for x in grown) * more)
+        record.bytes += int(product.runs * sum(map(nbytes, grown)) * more)
     record.details.append(f"{padded - tokens} of {padded} tokens, exact, by the family's preparation")
     return record if record.count and padded > tokens else None
 

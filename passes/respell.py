@@ -50,7 +50,7 @@ def _rewrite(spelling: Spelling) -> dict[Node, Node]:
         if node.op in ("call_function", "call_method"):
             args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: known[n])
             made.append(known.setdefault(node, emit(spelling.anchor, node.op, node.target, args, kwargs)))
-    result = known[next(n for n in said.nodes if n.op == "output").args[0]]
+    result = known[said.output_node().args[0]]
     marked = [n for n in made if calls(n, SDPA)] or made[-1:]
     marked[0].meta[FIRED] = spelling.pattern
     for node in spelling.replaced:

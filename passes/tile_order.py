@@ -15,7 +15,6 @@ returns is in order, or nothing is.
 
 from __future__ import annotations
 
-import math
 import operator
 
 import torch
@@ -24,6 +23,7 @@ from torch.fx import GraphModule, Node
 from li_compile.patterns import CONTEXT, CURRENT, Miss
 from li_compile.patterns.graph import hint, region_calls, shape, source_line, subgraphs, value
 
+from .cost import nbytes
 from .record import Record, Refused
 
 SPARSE = torch.ops.li.sparse_attention.default
@@ -64,13 +64,12 @@ def _read(module: GraphModule, found: list[tuple[str, Node]], record: Record) ->
 def _moved_less(keys: list[Node], roles: list[int]) -> int:
     """Bytes that bringing keys and values of text and context into blocks reads and writes, less those of reading the context's keys for their
     means, and of joining text to the current tokens."""
-    size = lambda node: math.prod(map(hint, shape(node))) * value(node).element_size()
-    text, context, current = (sum(size(k) for k, r in zip(keys, roles) if r == role) for role in (0, CONTEXT, CURRENT))
+    text, context, current = (sum(nbytes(value(k)) for k, r in zip(keys, roles) if r == role) for role in (0, CONTEXT, CURRENT))
     return 4 * (text + context) - context - (4 * (text + current) if text else 0)
 
 
 def _return(module: GraphModule, found: list[tuple[str, GraphModule, Node]], record: Record) -> None:
-    output = _output(module)
+    output = module.graph.output_node()
     results = [r for r in output.args[0] if isinstance(r, Node) and isinstance(value(r), torch.Tensor)]
     key = found[0][2].args[1][found[0][2].args[3].index(CURRENT)]
     like = [hint(n) for n in shape(key)]
@@ -97,7 +96,7 @@ def _return(module: GraphModule, found: list[tuple[str, GraphModule, Node]], rec
 def _by_attention(module: GraphModule, region: str, owner: GraphModule, node: Node) -> dict[Node, Node]:
     """Let the attention return keys and values in order, if all that its region's calls return of them is returned by the graph and read by
     nothing else. What the graph returns -> what it is to return."""
-    inner, outer = _output(owner), _output(module)
+    inner, outer = owner.graph.output_node(), module.graph.output_node()
     current = [x[node.args[3].index(CURRENT)] for x in node.args[1:3]]
     returned = [r for r in inner.args[0] if isinstance(r, Node)]
     if not set(current) <= set(returned):
@@ -119,7 +118,3 @@ def _by_attention(module: GraphModule, region: str, owner: GraphModule, node: No
         return new
     inner.args = (tuple(new.get(r, r) if isinstance(r, Node) else r for r in inner.args[0]),)
     return {u: u for u in taken}
-
-
-def _output(module: GraphModule) -> Node:
-    return next(n for n in module.graph.nodes if n.op == "output")

@@ -57,7 +57,7 @@ def _only_for(node: Node, masks: list[Node], operands: list[Node]) -> list[Node]
 
 
 def _result(module: GraphModule) -> Node:
-    out = next(n for n in module.graph.nodes if n.op == "output").args[0]
+    out = module.graph.output_node().args[0]
     return out[0] if isinstance(out, (tuple, list)) else out
 
 

@@ -40,7 +40,7 @@ def _results(module: GraphModule, context: ContextConcat) -> str | None:
             changed |= free_symbols(shape(p)[context.inputs[p.name].dim])
         elif p.name in context.sizes:
             changed |= free_symbols(value(p))
-    output = next(n for n in module.graph.nodes if n.op == "output")
+    output = module.graph.output_node()
     for node in output.all_input_nodes:
         sizes = shape(node) or ((value(node),) if isinstance(value(node), torch.SymInt) else ())
         if any(free_symbols(s) & changed for s in sizes):

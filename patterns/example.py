@@ -38,7 +38,7 @@ class Example:
         self.function, self.graph = function, torch.fx.symbolic_trace(function).graph
         nodes = [n for n in self.graph.nodes if n.op == "placeholder"]
         self.holes = {n.target: bool(n.args) for n in nodes}
-        self.anchor = next(n for n in self.graph.nodes if n.op == "output").args[0]
+        self.anchor = self.graph.output_node().args[0]
         if not isinstance(self.anchor, Node) or self.anchor.op == "placeholder":
             raise ValueError("an example must compute one value from its parameters")
         self.anchor = _past(self.anchor, self.graph)

@@ -227,7 +227,7 @@ def _entry(program: Program, variant: Variant, name: str, row: VariantRow) -> Va
     exported = program.exported
     nodes = [n for n, s in zip(placeholders(exported.graph), exported.graph_signature.input_specs)
              if s.kind is torch.export.graph_signature.InputKind.USER_INPUT]
-    results = next(n for n in exported.graph.nodes if n.op == "output").args[0]
+    results = exported.graph.output_node().args[0]
     named = [*(f"result{i}" for i in range(variant.loop.results)), *map(str, variant.loop.extra), *(f"cache.{c}" for c in program.caches)]
     return VariantEntry(
         name, variant.kept, variant.reuse, program.arguments,

@@ -55,7 +55,7 @@ def make_program(traced: Traced, variant: Variant) -> Program:
     nodes = [p for p in placeholders(graph.graph)]
     arguments = [Argument(traced.weights.get(p.name) or _name_of(p, traced), p.name in traced.weights) for p in nodes]
     example = [traced.tensors[a.name] if a.weight else example_of(value(p)) for a, p in zip(arguments, nodes)]
-    output = next(n for n in graph.graph.nodes if n.op == "output")
+    output = graph.graph.output_node()
     output.args = (tuple(output.args[0]),)
     graph.recompile()
     exported = _export(graph, example)
@@ -68,7 +68,7 @@ def make_program(traced: Traced, variant: Variant) -> Program:
             raise ExportError(f"the graph writes to {', '.join(own)}, which it holds itself; give it as an input or a buffer")
         arguments = [dataclasses.replace(a, cache=n in written) for a, n in zip(arguments, names)]
         functional = bound(exported, {})
-        outputs = next(n for n in functional.graph.nodes if n.op == "output")
+        outputs = functional.graph.output_node()
         flat = list(outputs.args[0])
         # Results first, then the caches in the order of the arguments.
         outputs.args = ((*flat[len(written):], *(flat[written[n]] for n in names if n in written)),)
